@@ -1,0 +1,296 @@
+"""`gircse embed`: the command's options, its progress bar and its closing words. The work is `gircse.embed`'s."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from gircse.embed import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_SIZE, InputFormat, Precision
+from gircse.errors import UsageError
+
+if TYPE_CHECKING:
+    from gircse.embed.job import EmbedSettings, EmbedSummary, Progress
+    from gircse.embed.reader import BadRows
+    from gircse.model import GIRCSE
+
+_INPUT, _OUTPUT, _MODEL = "Input", "Output", "Model"
+_LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for standard input."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help=".parquet (id, embedding), .npy or .jsonl.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ],
+    input_format: Annotated[
+        InputFormat | None,
+        typer.Option(help="What INPUT is; told by its name where not given, - is txt.", rich_help_panel=_INPUT),
+    ] = None,
+    column: Annotated[
+        str, typer.Option(help="JSON key, CSV header or Parquet column of the text.", rich_help_panel=_INPUT)
+    ] = "text",
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.", rich_help_panel=_INPUT),
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave unusable rows out and report them at the end.", rich_help_panel=_INPUT),
+    ] = False,
+    dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the first so many dimensions, then normalise.", rich_help_panel=_OUTPUT),
+    ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="int8 holds value / scale, the scale is in the metadata; binary packs 8 signs into an int8.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = "float32",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped or killed.", rich_help_panel=_OUTPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUTPUT and drop unfinished work.", rich_help_panel=_OUTPUT),
+    ] = False,
+    shard_size: Annotated[
+        int,
+        typer.Option(min=1, help="Texts of a shard: what a kill can cost at most.", rich_help_panel=_OUTPUT),
+    ] = DEFAULT_SHARD_SIZE,
+    summary_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON on standard output.", rich_help_panel=_OUTPUT)
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id; the model that ships with gircse where not given.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="What the vectors should be about. Plain texts where not given.", rich_help_panel=_MODEL),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Instead of an instruction: put before every text as it stands.", rich_help_panel=_MODEL),
+    ] = None,
+    num_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Refinement steps K; the model's where not given.", rich_help_panel=_MODEL),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt + text in tokens; the model's where not given. Only the text is ever cut.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.", rich_help_panel=_MODEL),
+    ] = DEFAULT_BATCH_TOKENS,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps ...; the best there is where not given.", rich_help_panel=_MODEL),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights.", rich_help_panel=_MODEL),
+    ] = "float32",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Embed a corpus of any size: a file of texts in, a file of L2-normalised vectors out, in the order of the input.
+
+    The corpus is streamed: memory does not grow with it. Finished shards are kept in
+    OUTPUT.parts and merged into OUTPUT at the end. Stopped or killed at any moment,
+    the same command with --resume continues, and the result is the same, byte for byte.
+    Other settings or another input are refused then. Nothing is overwritten unasked.
+
+    What made the vectors (model and its checksum, instruction, steps, precision, ...)
+    is stored with them: in the schema metadata of a .parquet (key "gircse"), in
+    OUTPUT.meta.json beside a .npy or .jsonl. A .npy gets OUTPUT.ids.txt, an id a line,
+    where an id column was named or rows were left out.
+
+    A row whose text is empty, null, no string or not UTF-8, a line that is not valid
+    JSON or CSV, an id that occurs twice: the run stops, names the line and keeps what is
+    done; mend the row and --resume, or go on without such rows with --skip-bad.
+
+    [bold]Examples[/bold]
+
+      gircse embed corpus.txt -o corpus.parquet
+      gircse embed corpus.txt -o corpus.parquet --resume
+      gircse embed faq.csv --column question --id-column key -o faq.npy
+      gircse embed reviews.jsonl -o reviews.parquet --instruction "Find the flaw of the product"
+      gircse embed wiki.parquet -o wiki.npy --dim 256 --precision int8
+      zcat logs.jsonl.gz | gircse embed - --input-format jsonl --skip-bad -o logs.parquet
+    """
+    if instruction is not None and prompt is not None:
+        raise UsageError("give either --instruction or --prompt, not both")
+    from gircse.embed.job import EmbedSettings, embed_corpus
+    from gircse.embed.reader import CorpusReader
+    from gircse.embed.writer import refuse_existing
+
+    console = Console(stderr=True)
+    with _explained(console, output, debug):
+        reader = CorpusReader(source, input_format, column=column, id_column=id_column, skip_bad=skip_bad)
+        refuse_existing(output, resume=resume, overwrite=overwrite)
+        reader.peek()
+        with console.status("loading the model"):
+            encoder = _load_model(model, device, dtype)
+        settings = EmbedSettings(
+            model=model or "default",
+            model_checksum=_model_checksum(encoder),
+            num_steps=encoder.num_steps if num_steps is None else num_steps,
+            prompt=prompt if instruction is None else encoder.format_instruction(instruction),
+            instruction=instruction,
+            dim=dim,
+            precision=precision,
+            max_length=max_length or encoder.max_seq_length,
+            batch_tokens=batch_tokens,
+            shard_size=shard_size,
+            environment=_environment(encoder),
+        )
+        with _Display(console, reader.count_rows()) as display:
+            summary = embed_corpus(
+                encoder, reader, output, settings, resume=resume, overwrite=overwrite, on_progress=display.update
+            )
+    for line in _closing_words(summary, reader.bad, settings):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if summary_json:
+        print(json.dumps(asdict(summary), ensure_ascii=False))
+
+
+def _load_model(name: str | None, device: str | None, dtype: str) -> GIRCSE:
+    import torch
+
+    from gircse.model import GIRCSE
+
+    return GIRCSE(name, device=device, dtype=getattr(torch, dtype))
+
+
+def _model_checksum(model: GIRCSE) -> str:
+    """SHA-256 of everything a vector depends on: configuration and weights as they were loaded, adapter included."""
+    import torch
+
+    digest = sha256(json.dumps(model.encoder.get_config_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _environment(model: GIRCSE) -> dict[str, str | int]:
+    """What else decides the last bits of a vector."""
+    import torch
+
+    kind = model.device.type
+    chip = torch.cuda.get_device_name(model.device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"{kind} ({chip})",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "transformers_version": version("transformers"),
+    }
+
+
+@contextmanager
+def _explained(console: Console, output: Path, debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished shards are kept for --resume beside {output}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    except Exception:
+        if debug:
+            console.print_exception()
+        raise
+
+
+class _Display:
+    """Texts, tokens/s and time left: a bar on a terminal, a line now and then elsewhere. A context manager.
+
+    Args:
+        console: On standard error.
+        total: Rows of the input; None where it is a stream.
+    """
+
+    def __init__(self, console: Console, total: int | None) -> None:
+        self.console, self.total = console, total
+        self.bar = ProgressBar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=600,  # texts come longest first within a shard; a short window would mislead
+        )
+        self.task: TaskID = self.bar.add_task("embedding", total=total, counts="")
+        self.resumed, self.logged = 0, time.monotonic()
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the work is."""
+        done = progress.texts + progress.skipped  # the total counts bad rows too
+        rate = f" {progress.tokens / progress.seconds:,.0f} tokens/s" if progress.seconds else ""
+        of = "" if self.total is None else f"/{self.total:,}"
+        counts = f"{done:,}{of} texts{rate}"
+        stage = {"embed": "embedding", "write": "writing"}[progress.stage]
+        if progress.resumed != self.resumed:
+            # What an earlier run did must not count as speed of this one.
+            self.resumed = progress.resumed
+            self.bar.reset(self.task, completed=done, counts=counts)
+        self.bar.update(self.task, description=stage, completed=done, counts=counts)
+        if not self.console.is_terminal and time.monotonic() - self.logged > _LOG_EVERY:
+            self.logged = time.monotonic()
+            self.console.print(f"{stage} {counts}", highlight=False, soft_wrap=True)
+
+
+def _closing_words(summary: EmbedSummary, bad: BadRows, settings: EmbedSettings) -> Iterator[str]:
+    what = f"{summary.texts:,} vectors of {summary.dim} dimensions, {summary.precision}"
+    if summary.already_complete:
+        yield f"{summary.output} is complete already: {what}"
+    else:
+        before = f", {summary.resumed:,} of them in earlier runs" if summary.resumed else ""
+        speed = f" ({summary.tokens_per_second:,.0f} tokens/s)" if summary.tokens_per_second else ""
+        took = timedelta(seconds=round(summary.seconds))
+        yield f"{summary.output}: {what}{before}; {summary.tokens:,} tokens in {took}{speed}"
+    if summary.truncated:
+        yield f"{summary.truncated:,} texts were cut to {settings.max_length} tokens; --max-length raises the limit"
+    if summary.skipped:
+        yield f"{summary.skipped:,} bad rows were left out: {bad}"

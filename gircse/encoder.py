@@ -1,0 +1,363 @@
+"""The generative encoder as a sentence-transformers module: token ids in, embedding out, saved and loaded whole.
+
+Knows tokenisation, pooling and the checkpoint's layout; knows nothing of losses, batching by budget or the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gircse.decoders import Decoder, require_exact
+from gircse.errors import GircseError, UsageError
+from gircse.refiner import POOLINGS, pool_steps, refine
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
+"""The paper's query format (appendix A): the text follows immediately."""
+
+PROMPT_PASS_TOKENS = 1024
+"""Padded tokens of one prompt pass. A batch above it is run in groups of similar length, so padding costs little."""
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of texts under one prompt.
+
+    Attributes:
+        ids: One list of token ids a text, prompt included, without padding; never empty.
+        truncated: Whether the text was cut to fit `max_length`.
+    """
+
+    ids: list[list[int]]
+    truncated: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class BackboneReference:
+    """Where the frozen weights under an adapter come from, so that loading never guesses.
+
+    Attributes:
+        name: Known name, hub id or folder, as `resolve_backbone` takes it.
+        sha256: Checksum of the weights.
+        licence: Licence of the weights as far as it is known.
+    """
+
+    name: str
+    sha256: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """What the vectors depend on besides the weights. Stored in the checkpoint, each value.
+
+    Attributes:
+        num_steps: K, refinement steps where a call names none.
+        pooling: One of `gircse.refiner.POOLINGS`.
+        temperature: Soft-token temperature.
+        max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
+        instruction_template: How an instruction becomes the prompt before a text.
+    """
+
+    num_steps: int = 5
+    pooling: str = "mean"
+    temperature: float = 1.0
+    max_seq_length: int = 512
+    instruction_template: str = INSTRUCTION_TEMPLATE
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0:
+            raise UsageError(f"num_steps must be 0 or more, not {self.num_steps}")
+        if self.pooling not in POOLINGS:
+            raise UsageError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be above 0, not {self.temperature}")
+        if self.max_seq_length < 1:
+            raise UsageError(f"max_seq_length must be 1 or more, not {self.max_seq_length}")
+        if "{instruction}" not in self.instruction_template:
+            raise UsageError("instruction_template must contain {instruction}")
+
+
+@dataclass
+class _Checkpoint:
+    """gircse_config.json. A missing or unknown key is an error: defaults may change, saved vectors may not."""
+
+    backbone: BackboneReference
+    refinement: RefinementConfig
+    weights: str  # "adapter" (LoRA over the backbone), "full" (in this folder) or "backbone" (nothing trained)
+    training: dict[str, Any] = field(default_factory=dict)  # recipe, data and seed of the run that made it
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> _Checkpoint:
+        try:
+            if values["weights"] not in ("adapter", "full", "backbone"):
+                raise ValueError(f"weights is {values['weights']!r}")
+            refinement = values["refinement"]
+            if missing := set(RefinementConfig.__dataclass_fields__) - set(refinement):
+                raise KeyError(", ".join(sorted(missing)))
+            return cls(
+                BackboneReference(**values["backbone"]),
+                RefinementConfig(**refinement),
+                values["weights"],
+                dict(values["training"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GircseError(f"{source}: gircse_config.json is incomplete or from another version ({error})") from error
+
+
+class GenerativeEncoder(InputModule):
+    """A decoder that writes K soft tokens about a text; the pooled states are the embedding (GIRCSE, section 3).
+
+    As a sentence-transformers module it adds two features: ``sentence_embedding`` (B, d), and ``step_embeddings``
+    (B, max(K, 1), d), the embeddings after each step, both float32 and not normalised.
+
+    Args:
+        backbone: A causal language model.
+        tokenizer: Its tokenizer.
+        reference: Where the backbone's weights came from.
+        config: What else the vectors depend on.
+        training: Facts of the run that trained it, kept in the checkpoint.
+
+    Raises:
+        UnsupportedBackboneError: The loop would not equal the backbone's own forward pass.
+    """
+
+    config_file_name = "gircse_config.json"
+    forward_kwargs = frozenset({"num_steps"})  # type: ignore[assignment]  # a set that nobody can change by accident
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: BackboneReference,
+        config: RefinementConfig,
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        decoder = Decoder.from_model(backbone)
+        require_exact(backbone, decoder)
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.reference = reference
+        self.refinement = config
+        self.training_facts = training or {}
+        # Cutting on the left would cut the instruction; the length is checked here, so the tokenizer need not warn.
+        tokenizer.truncation_side = "right"
+        tokenizer.model_max_length = int(1e9)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The backbone taken apart. Looked up anew: adapters replace layers in place."""
+        return Decoder.from_model(self.backbone)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA layers sit in the backbone."""
+        return bool(getattr(self.backbone, "_hf_peft_config_loaded", False))
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest prompt in tokens."""
+        return self.refinement.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.configure(max_seq_length=value)
+
+    def configure(self, **changes: Any) -> None:
+        """Replace fields of the `RefinementConfig`; the values are checked."""
+        self.refinement = RefinementConfig(**{**asdict(self.refinement), **changes})
+
+    def get_embedding_dimension(self) -> int:
+        """d, the width of the backbone's hidden states."""
+        return int(self.backbone.get_input_embeddings().embedding_dim)  # type: ignore[union-attr]
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Put LoRA layers into the backbone and freeze everything else."""
+        self.backbone.requires_grad_(False)
+        self.backbone.add_adapter(config)
+
+    # Text to token ids
+
+    def tokenize_texts(
+        self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None
+    ) -> TokenizedTexts:
+        """Token ids of ``prompt + text``, tokenised as one string; only the text is ever cut, at its end.
+
+        Args:
+            texts: The texts. An empty one under an empty prompt becomes a single special token.
+            prompt: Put before every text.
+            max_length: Longest result in tokens; `max_seq_length` where not given.
+
+        Raises:
+            UsageError: The prompt leaves no room for the text.
+        """
+        prompt, limit = prompt or "", max_length or self.max_seq_length
+        if prompt:
+            prompt_length = len(self.tokenizer(prompt, verbose=False).input_ids)
+            if prompt_length >= limit:
+                raise UsageError(
+                    f"the instruction alone takes {prompt_length} of {limit} tokens; shorten it or raise the maximum length"
+                )
+        if not texts:
+            return TokenizedTexts([], [])
+        joined = [prompt + text for text in texts]
+        ids: list[list[int]] = self.tokenizer(joined, verbose=False).input_ids
+        truncated = [len(row) > limit for row in ids]
+        if any(truncated):
+            # A second pass over the long ones: only the tokenizer knows which special tokens belong at the end.
+            long = [text for text, cut in zip(joined, truncated, strict=True) if cut]
+            cut_ids = iter(self.tokenizer(long, truncation=True, max_length=limit, verbose=False).input_ids)
+            ids = [next(cut_ids) if cut else row for row, cut in zip(ids, truncated, strict=True)]
+        return TokenizedTexts([row or [self._filler_token] for row in ids], truncated)
+
+    @property
+    def _filler_token(self) -> int:
+        """Stands in for a text without tokens, and pads (padding is masked, so its value does not matter)."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """A batch as tensors, padded on the left: ``input_ids`` and ``attention_mask``, both (B, N) on the CPU."""
+        longest = max(len(row) for row in ids)
+        input_ids = torch.full((len(ids), longest), self._filler_token, dtype=torch.long)
+        attention_mask = torch.zeros((len(ids), longest), dtype=torch.long)
+        for index, row in enumerate(ids):
+            input_ids[index, longest - len(row) :] = torch.tensor(row, dtype=torch.long)
+            attention_mask[index, longest - len(row) :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """The sentence-transformers entry: texts to a padded batch."""
+        return self.pad(self.tokenize_texts([str(text) for text in inputs], prompt).ids)
+
+    # Token ids to embeddings
+
+    def forward(self, features: dict[str, Any], num_steps: int | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Add ``step_embeddings`` (B, max(K, 1), d) and ``sentence_embedding`` (B, d) to the features.
+
+        Args:
+            features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side.
+            num_steps: K for this call; the checkpoint's where not given. 0 is the encoder-only vector h_0.
+            **kwargs: Ignored, as sentence-transformers' interface asks.
+        """
+        config = self.refinement
+        steps = config.num_steps if num_steps is None else num_steps
+        states = refine(
+            self.decoder,
+            features["input_ids"],
+            features["attention_mask"],
+            num_steps=steps,
+            temperature=config.temperature,
+            prompt_tokens=PROMPT_PASS_TOKENS,
+        )
+        features["step_embeddings"] = pool_steps(states, config.pooling)
+        features["sentence_embedding"] = features["step_embeddings"][:, -1]
+        return features
+
+    # Checkpoints
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What gircse_config.json holds."""
+        trained = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        weights = "adapter" if self.has_adapter else "full" if trained else "backbone"
+        return asdict(_Checkpoint(self.reference, self.refinement, weights, self.training_facts))
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write adapter or full weights, tokenizer and configuration.
+
+        A LoRA model stores its adapter and names its backbone. Without an adapter, weights that can be trained are
+        stored whole, and a frozen backbone is only named.
+
+        Raises:
+            UsageError: `safe_serialization` is False; pickled weights are not written.
+        """
+        if not safe_serialization:
+            raise UsageError("weights are saved as safetensors only; leave safe_serialization at its default")
+        if self.get_config_dict()["weights"] != "backbone":
+            self.backbone.save_pretrained(output_path)
+        self.tokenizer.save_pretrained(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> GenerativeEncoder:
+        """Load what `save` wrote, from a folder or the hub.
+
+        Args:
+            model_name_or_path: Folder or hub id.
+            subfolder: Where in it.
+            token: Hub token.
+            cache_folder: Hub cache.
+            revision: Hub revision.
+            local_files_only: Never ask the network.
+            model_kwargs: For the backbone's ``from_pretrained`` (``dtype``, ``attn_implementation`` ...); the key
+                ``backbone`` names another place of the same backbone weights.
+            **kwargs: Ignored, as sentence-transformers' interface asks.
+
+        Raises:
+            GircseError: The configuration is incomplete, or the backbone's weights are not those it was trained on.
+        """
+        hub = {
+            "subfolder": subfolder, "token": token, "cache_folder": cache_folder, "revision": revision,
+            "local_files_only": local_files_only,
+        }  # fmt: skip
+        values = cls.load_config(model_name_or_path, **hub)
+        checkpoint = _Checkpoint.from_dict(values, model_name_or_path)
+        folder = cls.load_dir_path(model_name_or_path, **hub)
+        if folder is None:
+            raise GircseError(f"{model_name_or_path}: the checkpoint's files are not there")
+        options = dict(model_kwargs or {})
+        place = options.pop("backbone", None) or checkpoint.backbone.name
+        if checkpoint.weights == "full":
+            backbone = load_causal_lm(folder, **options)
+        else:
+            backbone = load_causal_lm(_verified_backbone(place, checkpoint.backbone), **options)
+            backbone.requires_grad_(False)
+        if checkpoint.weights == "adapter":
+            backbone.load_adapter(os.fspath(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(backbone, tokenizer, checkpoint.backbone, checkpoint.refinement, checkpoint.training)
+
+
+def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """A causal LM from a local folder, in float32 unless `options` names a dtype."""
+    options.setdefault("dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _verified_backbone(place: str, reference: BackboneReference) -> Path:
+    from gircse.backbones import resolve_backbone
+
+    found = resolve_backbone(place)
+    if found.sha256 != reference.sha256:
+        raise GircseError(
+            f"the weights of {place} (sha256 {found.sha256[:12]}) are not those this model was trained on "
+            f"({reference.name}, sha256 {reference.sha256[:12]}); fetch that version of the backbone"
+        )
+    return found.path

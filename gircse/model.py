@@ -1,0 +1,413 @@
+"""GIRCSE, the user's object: a SentenceTransformer whose encoder writes soft tokens.
+
+Knows prompts, batching by token budget and what soft tokens are made of; knows nothing of losses, the command line or
+where weights are fetched from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
+from gircse.errors import GircseError, UsageError
+from gircse.refiner import refine
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+DEFAULT_BATCH_TOKENS = 4096
+"""Padded tokens (prompt and soft tokens) of one batch where a call names no budget."""
+
+DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer it"
+"""The instruction of queries where neither the call nor the checkpoint names one."""
+
+
+@dataclass(frozen=True)
+class SoftTokenContent:
+    """What one soft token is made of.
+
+    Attributes:
+        step: 1 for the soft token that follows the prompt.
+        tokens: The heaviest vocabulary entries as text, heaviest first.
+        weights: Their weights in the softmax, in the same order.
+        entropy: Of the whole distribution, in nats; 0 is a single token, log V no preference at all.
+        movement: 1 − cos(z_{k−1}, z_k): how far this step moved the embedding; None for the first.
+    """
+
+    step: int
+    tokens: list[str]
+    weights: list[float]
+    entropy: float
+    movement: float | None
+
+
+class GIRCSE(SentenceTransformer):
+    """Generative text embeddings: soft tokens written about a text, their mean hidden state as its vector.
+
+    Everything a SentenceTransformer does works, and `encode`, `encode_query` and `encode_document` take two arguments
+    more: ``num_steps`` (K >= 0, the number of soft tokens; 0 is the encoder-only vector) and ``batch_tokens`` (padded
+    tokens a batch, which bounds memory).
+
+    Args:
+        model_name_or_path: A saved model's folder or hub id; the model that ships with the package where not given.
+        dtype: Of the weights, e.g. ``torch.bfloat16``; float32 where not given.
+        backbone: Another place of the same backbone weights, where the checkpoint's own is not to be had.
+        **kwargs: As `SentenceTransformer` takes them.
+
+    Raises:
+        GircseError: Nothing was saved there, or its backbone's weights are not those it was trained on.
+
+    Example:
+        >>> model = GIRCSE()
+        >>> query = model.encode_query("who wrote Hamlet?", instruction="Given a question, retrieve its answer")
+        >>> model.similarity(query, model.encode_document(["Shakespeare wrote it.", "Rome lies on the Tiber."]))
+    """
+
+    default_huggingface_organization = None
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        backbone: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("modules") is None:
+            model_name_or_path = str(model_name_or_path or pretrained_path())
+            kwargs["trust_remote_code"] = True  # the module's class is this package's own
+            options = dict(kwargs.pop("model_kwargs", None) or {})
+            options |= {key: value for key, value in (("dtype", dtype), ("backbone", backbone)) if value is not None}
+            kwargs["model_kwargs"] = options
+        super().__init__(model_name_or_path, **kwargs)
+        if not isinstance(self[0], GenerativeEncoder):
+            raise GircseError(f"{model_name_or_path} is not a GIRCSE model; load it with SentenceTransformer")
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        *,
+        num_steps: int = 5,
+        pooling: str = "mean",
+        temperature: float = 1.0,
+        max_seq_length: int = 512,
+        lora: LoraConfig | None = None,
+        full_finetune: bool = False,
+        prompts: dict[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        **model_kwargs: Any,
+    ) -> GIRCSE:
+        """An untrained model over any Hugging Face decoder.
+
+        Args:
+            name_or_path: A folder, a hub id, or a known name (``smollm2-135m``, ``gemma3-270m``).
+            num_steps: K, kept in the checkpoint.
+            pooling: ``mean`` of the soft-token states, ``last``, or ``mean_with_prompt``.
+            temperature: Soft-token temperature.
+            max_seq_length: Longest prompt in tokens.
+            lora: Trainable low-rank layers; the backbone under them is frozen.
+            full_finetune: Train, and save, all weights. Without it and without `lora` the model is frozen.
+            prompts: Named prompts; ``query`` and ``document`` are used by `encode_query` and `encode_document`.
+            dtype: Of the weights; float32 where not given.
+            device: As SentenceTransformer takes it.
+            **model_kwargs: For the backbone's ``from_pretrained``, e.g. ``attn_implementation``.
+
+        Raises:
+            UnsupportedBackboneError: The loop would not equal this backbone's own forward pass.
+            GircseError: The backbone is not to be had.
+        """
+        from gircse.backbones import resolve_backbone
+
+        if lora is not None and full_finetune:
+            raise UsageError("choose one of lora and full_finetune")
+        config = RefinementConfig(num_steps, pooling, temperature, max_seq_length)
+        found = resolve_backbone(name_or_path)
+        model = load_causal_lm(found.path, **({"dtype": dtype} if dtype else {}), **model_kwargs)
+        model.requires_grad_(full_finetune)
+        tokenizer = AutoTokenizer.from_pretrained(found.path)
+        reference = BackboneReference(found.name, found.sha256, found.licence)
+        encoder = GenerativeEncoder(model, tokenizer, reference, config)
+        if lora is not None:
+            encoder.add_lora(lora)
+        if prompts is None:
+            template = config.instruction_template
+            prompts = {"query": template.format(instruction=DEFAULT_INSTRUCTION), "document": ""}
+        return cls(modules=[encoder], prompts=prompts, device=device, similarity_fn_name="cosine")
+
+    @property
+    def encoder(self) -> GenerativeEncoder:
+        """The generative encoder module."""
+        return cast(GenerativeEncoder, self[0])
+
+    @property
+    def num_steps(self) -> int:
+        """K where a call names none; kept in the checkpoint."""
+        return self.encoder.refinement.num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        self.encoder.configure(num_steps=value)
+
+    def format_instruction(self, instruction: str) -> str:
+        """The prompt that puts an instruction before a text."""
+        return self.encoder.refinement.instruction_template.format(instruction=instruction)
+
+    # Embedding
+
+    def encode_query(self, inputs: Any, *args: Any, instruction: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Embed queries under an instruction.
+
+        Args:
+            inputs: A text or texts.
+            *args: As `SentenceTransformer.encode_query` takes them.
+            instruction: What the vector should be about; the checkpoint's ``query`` prompt where not given.
+            **kwargs: As `SentenceTransformer.encode_query` takes them, and ``num_steps`` and ``batch_tokens``.
+
+        Returns:
+            As `SentenceTransformer.encode_query`: (n, d) float32, or (d,) for a single text.
+        """
+        self._set_instruction(instruction, args, kwargs)
+        return super().encode_query(inputs, *args, **kwargs)
+
+    def encode_document(self, inputs: Any, *args: Any, instruction: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Embed documents: plain texts unless an instruction is given. Arguments and result as in `encode_query`."""
+        self._set_instruction(instruction, args, kwargs)
+        return super().encode_document(inputs, *args, **kwargs)
+
+    def _set_instruction(self, instruction: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if instruction is None:
+            return
+        if args or kwargs.get("prompt") is not None or kwargs.get("prompt_name") is not None:
+            raise UsageError("give either an instruction or a prompt, not both")
+        kwargs["prompt"] = self.format_instruction(instruction)
+
+    def encode_steps(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        num_steps: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        instruction: str | None = None,
+        normalize_embeddings: bool = False,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
+    ) -> np.ndarray:
+        """The embeddings after 1, 2, ..., K steps, from one run: ``encode_steps(...)[:, k - 1]`` is ``encode`` at K = k.
+
+        Args:
+            inputs: A text or texts.
+            num_steps: K >= 1; the checkpoint's where not given.
+            prompt: Put before every text.
+            prompt_name: A named prompt of the checkpoint.
+            instruction: Instead of a prompt.
+            normalize_embeddings: Scale every vector to length 1.
+            batch_tokens: Padded tokens a batch.
+            show_progress_bar: On stderr.
+
+        Returns:
+            (n, K, d) float32; (K, d) for a single text.
+
+        Raises:
+            UsageError: K is below 1.
+        """
+        steps = self.num_steps if num_steps is None else num_steps
+        if steps < 1:
+            raise UsageError(f"encode_steps needs num_steps of 1 or more, not {steps}")
+        if instruction is not None:
+            prompt = self.format_instruction(instruction)
+        single = isinstance(inputs, str)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        tokenized = self.tokenize_texts(texts, self._resolve_prompt(prompt, prompt_name))
+        result = self._run_batches(
+            tokenized, steps, batch_tokens, output="step_embeddings", show_progress_bar=show_progress_bar
+        )
+        if normalize_embeddings:
+            result = torch.nn.functional.normalize(result, dim=-1)
+        return (result[0] if single else result).numpy()
+
+    def tokenize_texts(
+        self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None
+    ) -> TokenizedTexts:
+        """Token ids of ``prompt + text``; see `GenerativeEncoder.tokenize_texts`."""
+        return self.encoder.tokenize_texts(texts, prompt, max_length)
+
+    def encode_tokenized(
+        self, tokenized: TokenizedTexts, *, num_steps: int | None = None, batch_tokens: int | None = None
+    ) -> Tensor:
+        """Embed token ids. The same input on the same machine and number of threads gives the same bytes.
+
+        Args:
+            tokenized: What `tokenize_texts` returns.
+            num_steps: K; the checkpoint's where not given.
+            batch_tokens: Padded tokens a batch.
+
+        Returns:
+            (n, d) float32 on the CPU, not normalised.
+        """
+        return self._run_batches(tokenized, num_steps, batch_tokens)
+
+    @torch.inference_mode()
+    def _run_batches(
+        self,
+        tokenized: TokenizedTexts,
+        num_steps: int | None,
+        batch_tokens: int | None,
+        *,
+        output: str = "sentence_embedding",
+        max_batch: int | None = None,
+        device: torch.device | None = None,
+        show_progress_bar: bool = False,
+    ) -> Tensor:
+        self.eval()
+        device = device or self.device
+        steps = self.num_steps if num_steps is None else num_steps
+        batches = plan_batches([len(ids) for ids in tokenized.ids], steps, batch_tokens, max_batch)
+        rows: list[Tensor | None] = [None] * len(tokenized)
+        with tqdm(total=len(tokenized), desc="Texts", unit="text", disable=not show_progress_bar) as bar:
+            for batch in batches:
+                features = self.encoder.pad([tokenized.ids[index] for index in batch])
+                features = {name: value.to(device) for name, value in features.items()}
+                embeddings = self(features, num_steps=steps)[output].cpu()
+                for index, row in zip(batch, embeddings, strict=True):
+                    rows[index] = row
+                bar.update(len(batch))
+        if not rows:
+            return torch.empty(0, self.encoder.get_embedding_dimension())
+        return torch.stack(cast("list[Tensor]", rows))
+
+    def get_model_kwargs(self) -> list[str]:
+        """Arguments that `encode` takes besides those of every SentenceTransformer."""
+        return [*super().get_model_kwargs(), "batch_tokens"]
+
+    @torch.inference_mode()
+    def _inference(self, inputs: list[Any], **kwargs: Any) -> Any:
+        """sentence-transformers' inner loop, with batches by token budget instead of by count.
+
+        `batch_size` stays an upper bound on the texts of a batch where the caller set it below or above the default.
+        """
+        if kwargs.get("output_value") != "sentence_embedding":
+            kwargs.pop("batch_tokens", None)
+            return super()._inference(inputs, **kwargs)
+        tokenized = self.tokenize_texts([str(text) for text in inputs], kwargs.get("prompt"))
+        embeddings = self._run_batches(
+            tokenized,
+            kwargs.get("num_steps"),
+            kwargs.get("batch_tokens"),
+            max_batch=None if kwargs.get("batch_size", 32) == 32 else kwargs["batch_size"],
+            device=self._resolve_inference_device(kwargs.get("device")),
+            show_progress_bar=kwargs.get("show_progress_bar", False),
+        )
+        if (dim := kwargs.get("truncate_dim")) is not None:
+            embeddings = embeddings[..., :dim]
+        if kwargs.get("normalize_embeddings"):
+            embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
+        return embeddings
+
+    # Looking inside
+
+    @torch.inference_mode()
+    def explain(
+        self,
+        text: str,
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        num_steps: int | None = None,
+        top: int = 5,
+    ) -> list[SoftTokenContent]:
+        """Which vocabulary tokens each soft token is made of.
+
+        Args:
+            text: The text.
+            instruction: What the vector should be about.
+            prompt: Instead of an instruction.
+            num_steps: K >= 1; the checkpoint's where not given.
+            top: Tokens listed a step.
+
+        Returns:
+            One entry a step.
+        """
+        steps = self.num_steps if num_steps is None else num_steps
+        if steps < 1 or top < 1:
+            raise UsageError(f"explain needs num_steps and top of 1 or more, not {steps} and {top}")
+        if instruction is not None:
+            prompt = self.format_instruction(instruction)
+        self.eval()
+        encoder, decoder = self.encoder, self.encoder.decoder
+        features = encoder.pad(self.tokenize_texts([text], prompt).ids)
+        features = {name: value.to(self.device) for name, value in features.items()}
+        temperature = encoder.refinement.temperature
+        states = refine(decoder, **features, num_steps=steps, temperature=temperature)[0]  # (K + 1, d)
+        probabilities = decoder.vocabulary.probabilities(states[:-1], temperature)  # (K, V)
+        weights, ids = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+        entropies = torch.special.entr(probabilities).sum(dim=-1)
+        from gircse.refiner import pool_steps
+
+        pooled = torch.nn.functional.normalize(pool_steps(states[None], encoder.refinement.pooling)[0], dim=-1)
+        moved = [None, *(1 - (pooled[:-1] * pooled[1:]).sum(dim=-1)).tolist()]
+        return [
+            SoftTokenContent(
+                step=step + 1,
+                tokens=[encoder.tokenizer.decode([token]) for token in ids[step].tolist()],
+                weights=weights[step].tolist(),
+                entropy=float(entropies[step]),
+                movement=moved[step],
+            )
+            for step in range(steps)
+        ]
+
+    def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        raise GircseError(
+            f"{model_name_or_path} is no saved GIRCSE model; GIRCSE.from_backbone({model_name_or_path!r}) makes an "
+            "untrained one from a decoder"
+        )
+
+
+def plan_batches(
+    lengths: Sequence[int], num_steps: int, batch_tokens: int | None = None, max_batch: int | None = None
+) -> list[list[int]]:
+    """Batches of similar lengths, longest first, each within the token budget.
+
+    A batch costs (its longest prompt + K) × its rows; a single text above the budget gets a batch of its own.
+
+    Args:
+        lengths: Prompt tokens of every text.
+        num_steps: K.
+        batch_tokens: The budget in padded tokens.
+        max_batch: Upper bound on rows.
+
+    Returns:
+        Indices into `lengths`, every one exactly once.
+    """
+    budget = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
+    if budget < 1:
+        raise UsageError(f"batch_tokens must be 1 or more, not {budget}")
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if room <= 0:
+            longest = lengths[index] + num_steps
+            room = max(1, budget // longest)
+            room = min(room, max_batch) if max_batch else room
+            batches.append([])
+        batches[-1].append(index)
+        room -= 1
+    return batches
+
+
+def pretrained_path() -> str:
+    """Folder of the model that ships with the package."""
+    return str(files("gircse") / "pretrained" / "smollm2-135m")

@@ -1,0 +1,85 @@
+"""The soft token: softmax over the vocabulary times the embedding matrix, and what it is made of.
+
+Knows the output head and the embedding table of a decoder; knows nothing of layers, caches, texts or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Both ends of a decoder's vocabulary: how hidden states become logits, and how tokens become inputs.
+
+    The fields cover what the supported families do between the last hidden state and the logits:
+    ``logits = cap · tanh((head(h · state_scale) · logit_scale) / cap)`` (the cap only where the family has one).
+
+    Attributes:
+        head: The LM head, d -> V, with a bias in some families.
+        embedding: The module that turns token ids into input embeddings; families that scale embeddings inside it
+            (Gemma 3) carry the factor in ``embedding_scale``.
+        state_scale: Factor on the hidden state before the head (MiniCPM).
+        logit_scale: Factor on the logits (Granite, Cohere).
+        logit_cap: Soft cap on the logits (Gemma 2), or None.
+        embedding_scale: Factor that the embedding module applies to its table.
+    """
+
+    head: nn.Module
+    embedding: nn.Embedding
+    state_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            hidden: Last hidden states after the final norm, (..., d).
+
+        Returns:
+            (..., V), in the dtype of the head.
+        """
+        if self.state_scale != 1.0:
+            hidden = hidden * self.state_scale
+        logits = self.head(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return logits
+
+    def probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
+        """p = softmax(logits / T), computed in float32.
+
+        Args:
+            hidden: (..., d).
+            temperature: T > 0.
+
+        Returns:
+            (..., V) float32; each row sums to 1.
+        """
+        return F.softmax(self.logits(hidden).float() / temperature, dim=-1)
+
+    def soft_token(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """e = p · E: the next input embedding (GIRCSE, section 3.1).
+
+        A one-hot p gives exactly the input embedding of that token.
+
+        Args:
+            hidden: The hidden state that predicts the soft token, (B, d).
+            temperature: T > 0; small values approach the greedy token, large ones the mean embedding.
+
+        Returns:
+            (B, d), in the dtype of the embedding table.
+        """
+        table = self.embedding.weight  # (V, d)
+        # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
+        probabilities = self.probabilities(hidden, temperature)[..., : table.shape[0]]
+        mixed = probabilities.to(table.dtype) @ table
+        return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed

@@ -1,0 +1,165 @@
+"""The recipe: everything a training run depends on, in one validated YAML file.
+
+Knows which keys exist and what they may hold; knows nothing of tensors or trainers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from gircse.encoder import RefinementConfig
+from gircse.errors import GircseError, MissingExtraError
+from gircse.refiner import Pooling
+
+try:
+    import yaml
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ImportError as error:
+    raise MissingExtraError("training", "train") from error
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """What the vectors depend on; stored in the checkpoint."""
+
+    num_steps: int = Field(5, ge=0, description="K; 0 trains the encoder-only baseline")
+    pooling: Pooling = "mean"
+    temperature: float = Field(1.0, gt=0, description="soft-token temperature")
+    max_seq_length: int = Field(512, ge=1, description="longest prompt in tokens at inference")
+
+
+class LoraSection(_Section):
+    """Low-rank layers on every linear layer but the head (the paper: r=16, alpha=64)."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(64, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LossSection(_Section):
+    """Iterative Contrastive Refinement."""
+
+    temperature: float = Field(0.02, gt=0)
+    refinement_weight: float = Field(1.0, ge=0, description="λ")
+
+
+class Source(_Section):
+    """Rows of one task in one file.
+
+    Attributes:
+        file: Below the data folder, without ``.jsonl`` or ``.jsonl.zst``.
+        task: The ``task`` of the rows.
+        examples: How many, drawn without replacement with the recipe's seed.
+        licence: Of the text; it goes into the model card.
+        symmetric: Passages carry the instruction too.
+        in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
+        negatives: Hard negatives a row; rows with fewer are left out.
+    """
+
+    file: str
+    task: str
+    examples: int = Field(ge=1)
+    licence: str
+    symmetric: bool = False
+    in_batch_negatives: bool = True
+    negatives: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_contrast(self) -> Source:
+        if not self.in_batch_negatives and self.negatives == 0:
+            raise ValueError("without in-batch negatives, negatives must be 1 or more")
+        return self
+
+
+class DataSection(_Section):
+    """Which rows, and how much of each text is read in training."""
+
+    folder: Path
+    max_seq_length: int = Field(128, ge=8, description="tokens read of a text in training, instruction included")
+    sources: list[Source] = Field(min_length=1)
+
+
+class TrainingSection(_Section):
+    """The optimiser's settings."""
+
+    batch_size: int = Field(32, ge=2)
+    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    log_every: int = Field(5, ge=1)
+
+
+class Recipe(_Section):
+    """A whole training run."""
+
+    backbone: str
+    seed: int = 0
+    query_instruction: str | None = Field(None, description="stored as the default instruction of queries")
+    model: ModelSection = Field(default_factory=ModelSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    data: DataSection
+    training: TrainingSection = Field(default_factory=TrainingSection)
+
+    def refinement(self) -> RefinementConfig:
+        """The checkpoint's configuration."""
+        return RefinementConfig(**self.model.model_dump())
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: Values by dotted key, e.g. ``{"model.num_steps": 0}``, which replace the file's.
+
+    Raises:
+        GircseError: The file is not there, is no YAML, or a key is unknown (the nearest valid name is given) or holds
+            a wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GircseError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GircseError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise GircseError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise GircseError(f"{path}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}"
+    near = difflib.get_close_matches(str(problem["loc"][-1]), _fields_at(problem["loc"][:-1]), n=1)
+    return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+    """The valid keys of the section at a place in the recipe."""
+    section: Any = Recipe
+    for part in place:
+        if isinstance(part, int):
+            section = Source
+        elif part != "sources":
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,169 @@
+"""A training run: recipe -> model, losses and the sentence-transformers trainer -> a saved model.
+
+Knows how the rooms are put together; the loop, checkpoints and schedules are the trainer's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from gircse._version import __version__
+from gircse.errors import GircseError, MissingExtraError, UsageError
+from gircse.losses import ICRLoss
+from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
+from gircse.train.data import load_training_data, source_path
+from gircse.train.recipe import Recipe
+
+try:
+    import accelerate  # noqa: F401  # the trainer imports it only when it starts
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+except ImportError as error:
+    raise MissingExtraError("training", "train") from error
+
+Report = Callable[[dict[str, float]], None]
+"""Called with the trainer's logs: loss, gradient norm, learning rate, and ``step_loss_1`` ... ``step_loss_K``."""
+
+
+def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report | None = None) -> GIRCSE:
+    """Run a recipe and save the model to `output`.
+
+    Args:
+        recipe: What to do.
+        output: Folder of the finished model; checkpoints go to ``output/checkpoints``.
+        resume: Go on from the last checkpoint, if there is one.
+        report: Called with every log entry.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        UsageError: `output` holds an earlier run and `resume` is False.
+        GircseError: Data or backbone are not to be had, or the loss stopped being a number.
+    """
+    checkpoints = output / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if not resume and output.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} holds an earlier run; continue it with --resume or choose another folder")
+    torch.manual_seed(recipe.seed)  # LoRA's initial weights
+    data = load_training_data(recipe)
+    model = make_model(recipe)
+    model.encoder.training_facts = training_facts(recipe)
+    losses = {
+        f"{source.file}/{source.task}": ICRLoss(
+            model, recipe.loss.temperature, recipe.loss.refinement_weight, source.in_batch_negatives
+        )
+        for source in recipe.data.sources
+    }
+    model.max_seq_length = recipe.data.max_seq_length
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=_arguments(recipe, checkpoints),
+        train_dataset=data,
+        loss=losses,
+        callbacks=[_StepLosses(losses, report)],
+    )
+    trainer.train(resume_from_checkpoint=last if resume else None)
+    model.max_seq_length = recipe.model.max_seq_length
+    model.save_pretrained(str(output))
+    return model
+
+
+def make_model(recipe: Recipe) -> GIRCSE:
+    """The recipe's model before training."""
+    config = recipe.refinement()
+    model = GIRCSE.from_backbone(
+        recipe.backbone,
+        num_steps=config.num_steps,
+        pooling=config.pooling,
+        temperature=config.temperature,
+        max_seq_length=config.max_seq_length,
+        lora=LoraConfig(
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.alpha,
+            lora_dropout=recipe.lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",  # peft then leaves the LM head alone
+        ),
+    )
+    model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
+    return model
+
+
+def training_facts(recipe: Recipe) -> dict[str, Any]:
+    """What the checkpoint remembers of its run: the recipe, and the checksums of the data files."""
+    files = {source_path(recipe.data.folder, source) for source in recipe.data.sources}
+    return {
+        "gircse": __version__,
+        "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}}),
+        "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
+        "examples": sum(source.examples for source in recipe.data.sources),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTrainingArguments:
+    settings = recipe.training
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number must stop the run, not be averaged away
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        dataloader_drop_last=True,
+        multi_dataset_batch_sampler="proportional",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=False,
+    )
+
+
+class _StepLosses(TrainerCallback):
+    """Adds L_1..L_K to the logs and stops a run whose loss is no number."""
+
+    def __init__(self, losses: dict[str, ICRLoss], report: Report | None) -> None:
+        self.losses, self.report = losses, report
+        self.sums: list[float] = []
+        self.count = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for loss in self.losses.values():
+            if loss.last_step_losses:
+                values = loss.last_step_losses
+                self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
+                self.count += 1
+                loss.last_step_losses = []
+        if self.sums and self.sums[-1] != self.sums[-1]:
+            raise GircseError(
+                f"the loss at step {state.global_step} is not a number; lower the learning rate and go on with --resume "
+                "from the last checkpoint"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None:
+            return
+        if self.count and "loss" in logs:
+            logs |= {f"step_loss_{k}": round(total / self.count, 4) for k, total in enumerate(self.sums, start=1)}
+            self.sums, self.count = [], 0
+        if self.report is not None:
+            self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})

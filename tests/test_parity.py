@@ -1,0 +1,75 @@
+"""The refinement loop against the plain loop that sends the whole sequence through the Hugging Face model every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from gircse.decoders import PARITY_TESTED, Decoder
+from gircse.refiner import pool_steps, refine
+from tests.tiny import FAMILIES, random_batch, tiny_model
+
+STEPS = 4
+LENGTHS = [9, 3, 12, 1]
+
+
+def plain_states(model: PreTrainedModel, ids: Tensor, num_steps: int, temperature: float) -> Tensor:
+    """h_0..h_K of one unpadded row, through the whole model's own forward with nothing of ours. (K + 1, d)."""
+    embeddings = model.get_input_embeddings()
+    vocabulary = torch.arange(embeddings.num_embeddings)  # type: ignore[union-attr]
+    inputs = embeddings(ids[None])
+    states = []
+    for step in range(num_steps + 1):
+        out = model(inputs_embeds=inputs, output_hidden_states=True, use_cache=False)
+        states.append(out.hidden_states[-1][0, -1])
+        if step < num_steps:
+            soft = F.softmax(out.logits[0, -1] / temperature, dim=-1) @ embeddings(vocabulary)
+            inputs = torch.cat([inputs, soft.view(1, 1, -1)], dim=1)
+    return torch.stack(states)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_equal_the_recompute_loop(family: str, side: str) -> None:
+    model = tiny_model(family)
+    ids, mask = random_batch(LENGTHS, side=side)
+    with torch.no_grad():
+        states = refine(Decoder.from_model(model), ids, mask, num_steps=STEPS, temperature=0.7)
+        for row in range(len(LENGTHS)):
+            expected = plain_states(model, ids[row][mask[row].bool()], STEPS, 0.7)
+            assert relative_error(states[row], expected) <= 1e-4
+            assert relative_error(states[row, -1], states[row, 0]) > 1e-2, "the steps must not all be the prompt's state"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_the_recompute_loop(family: str) -> None:
+    ids, mask = random_batch(LENGTHS, side="right")
+    weights = torch.randn(len(LENGTHS), STEPS, 32, generator=torch.Generator().manual_seed(3))
+
+    ours = tiny_model(family)
+    states = refine(Decoder.from_model(ours), ids, mask, num_steps=STEPS)
+    (pool_steps(states, "mean") * weights).sum().backward()
+
+    plain = tiny_model(family)
+    rows = [plain_states(plain, ids[row][mask[row].bool()], STEPS, 1.0) for row in range(len(LENGTHS))]
+    (pool_steps(torch.stack(rows), "mean") * weights).sum().backward()
+
+    compared = 0
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None or not theirs.grad.abs().max() > 1e-7:
+            continue
+        assert mine.grad is not None, name
+        assert relative_error(mine.grad, theirs.grad) <= 1e-4, name
+        compared += 1
+    assert compared >= 8
+
+
+def test_every_listed_family_is_in_the_matrix() -> None:
+    assert {str(make().model_type) for make in FAMILIES.values()} == PARITY_TESTED
