@@ -42,6 +42,15 @@ def join_caches(caches: Sequence[DynamicCache], length: int) -> DynamicCache:
     return joined
 
 
+def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A one-row cache for `rows` rows that begin with the same tokens. Shares memory until it grows; differentiable."""
+    expanded = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        assert layer.keys is not None and layer.values is not None, "the prefix pass has filled it"
+        expanded.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+    return expanded
+
+
 def _pad_left(states: Tensor | None, length: int) -> Tensor:
     assert states is not None, "a cache is joined only after its prompt pass has filled it"
     return F.pad(states, (0, 0, length - states.shape[2], 0))  # (B, heads, length, head_dim)

@@ -33,11 +33,14 @@ class Decoder:
         transformer: The layers with the final norm: input embeddings -> last hidden states.
         vocabulary: LM head and embedding table.
         max_positions: Longest sequence (prompt and soft tokens) that the position encoding admits.
+        counts_columns: Whether attention depends on how many columns apart two tokens stand (sliding windows, chunks)
+            and not on their position ids alone; padding must then not stand between tokens.
     """
 
     transformer: nn.Module
     vocabulary: Vocabulary
     max_positions: int
+    counts_columns: bool = False
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> Decoder:
@@ -67,7 +70,13 @@ class Decoder:
             logit_cap=getattr(config, "final_logit_softcapping", None),
             embedding_scale=float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))),
         )
-        return cls(transformer, vocabulary, int(getattr(config, "max_position_embeddings", 0) or 2**31 - 1))
+        windowed = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        return cls(
+            transformer,
+            vocabulary,
+            max_positions=int(getattr(config, "max_position_embeddings", 0) or 2**31 - 1),
+            counts_columns=any(window is not None for window in windowed),
+        )
 
 
 def _logit_scale(config: object, kind: str) -> float:

@@ -122,8 +122,9 @@ class _Checkpoint:
 class GenerativeEncoder(InputModule):
     """A decoder that writes K soft tokens about a text; the pooled states are the embedding (GIRCSE, section 3).
 
-    As a sentence-transformers module it adds two features: ``sentence_embedding`` (B, d), and ``step_embeddings``
-    (B, max(K, 1), d), the embeddings after each step, both float32 and not normalised.
+    As a sentence-transformers module it adds three features: ``sentence_embedding`` (B, d); ``step_embeddings``
+    (B, max(K, 1), d), the embeddings after each step; both float32 and not normalised; and ``refinement_states``
+    (B, K + 1, d), the states h_0..h_K that they are pooled from.
 
     Args:
         backbone: A causal language model.
@@ -250,7 +251,7 @@ class GenerativeEncoder(InputModule):
     # Token ids to embeddings
 
     def forward(self, features: dict[str, Any], num_steps: int | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Add ``step_embeddings`` (B, max(K, 1), d) and ``sentence_embedding`` (B, d) to the features.
+        """Add ``refinement_states``, ``step_embeddings`` and ``sentence_embedding`` to the features.
 
         Args:
             features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side.
@@ -267,6 +268,7 @@ class GenerativeEncoder(InputModule):
             temperature=config.temperature,
             prompt_tokens=PROMPT_PASS_TOKENS,
         )
+        features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)
         features["sentence_embedding"] = features["step_embeddings"][:, -1]
         return features

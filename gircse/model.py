@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
-from gircse.refiner import refine
+from gircse.refiner import pool_steps, refine
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -227,16 +227,40 @@ class GIRCSE(SentenceTransformer):
         if steps < 1:
             raise UsageError(f"encode_steps needs num_steps of 1 or more, not {steps}")
         if instruction is not None:
+            if prompt is not None or prompt_name is not None:
+                raise UsageError("give either an instruction or a prompt, not both")
             prompt = self.format_instruction(instruction)
         single = isinstance(inputs, str)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         tokenized = self.tokenize_texts(texts, self._resolve_prompt(prompt, prompt_name))
         result = self._run_batches(
-            tokenized, steps, batch_tokens, output="step_embeddings", show_progress_bar=show_progress_bar
+            tokenized, steps, batch_tokens, feature="step_embeddings", show_progress_bar=show_progress_bar
         )
         if normalize_embeddings:
             result = torch.nn.functional.normalize(result, dim=-1)
         return (result[0] if single else result).numpy()
+
+    def encode_states(
+        self,
+        inputs: Sequence[str],
+        *,
+        num_steps: int | None = None,
+        prompt: str | None = None,
+        batch_tokens: int | None = None,
+    ) -> Tensor:
+        """The states that embeddings are pooled from, the prompt's included: for comparing K, K = 0 and poolings at once.
+
+        Args:
+            inputs: Texts.
+            num_steps: K >= 0; the checkpoint's where not given.
+            prompt: Put before every text.
+            batch_tokens: Padded tokens a batch.
+
+        Returns:
+            (n, K + 1, d) float32 on the CPU: h_0, ..., h_K.
+        """
+        tokenized = self.tokenize_texts(inputs, prompt)
+        return self._run_batches(tokenized, num_steps, batch_tokens, feature="refinement_states")
 
     def tokenize_texts(
         self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None
@@ -266,11 +290,12 @@ class GIRCSE(SentenceTransformer):
         num_steps: int | None,
         batch_tokens: int | None,
         *,
-        output: str = "sentence_embedding",
+        feature: str = "sentence_embedding",
         max_batch: int | None = None,
         device: torch.device | None = None,
         show_progress_bar: bool = False,
     ) -> Tensor:
+        """One feature of the encoder for all texts in their order, (n, ...) float32 on the CPU."""
         self.eval()
         device = device or self.device
         steps = self.num_steps if num_steps is None else num_steps
@@ -280,12 +305,13 @@ class GIRCSE(SentenceTransformer):
             for batch in batches:
                 features = self.encoder.pad([tokenized.ids[index] for index in batch])
                 features = {name: value.to(device) for name, value in features.items()}
-                embeddings = self(features, num_steps=steps)[output].cpu()
-                for index, row in zip(batch, embeddings, strict=True):
+                values = self(features, num_steps=steps)[feature].float().cpu().contiguous()  # a copy: a view would keep every step
+                for index, row in zip(batch, values, strict=True):
                     rows[index] = row
                 bar.update(len(batch))
         if not rows:
-            return torch.empty(0, self.encoder.get_embedding_dimension())
+            shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
+            return torch.empty(0, *shape[feature], self.encoder.get_embedding_dimension())
         return torch.stack(cast("list[Tensor]", rows))
 
     def get_model_kwargs(self) -> list[str]:
@@ -354,8 +380,6 @@ class GIRCSE(SentenceTransformer):
         probabilities = decoder.vocabulary.probabilities(states[:-1], temperature)  # (K, V)
         weights, ids = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
         entropies = torch.special.entr(probabilities).sum(dim=-1)
-        from gircse.refiner import pool_steps
-
         pooled = torch.nn.functional.normalize(pool_steps(states[None], encoder.refinement.pooling)[0], dim=-1)
         moved = [None, *(1 - (pooled[:-1] * pooled[1:]).sum(dim=-1)).tolist()]
         return [
@@ -391,7 +415,12 @@ def plan_batches(
 
     Returns:
         Indices into `lengths`, every one exactly once.
+
+    Raises:
+        UsageError: K is negative or the budget is below 1.
     """
+    if num_steps < 0:
+        raise UsageError(f"num_steps must be 0 or more, not {num_steps}")
     budget = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
     if budget < 1:
         raise UsageError(f"batch_tokens must be 1 or more, not {budget}")

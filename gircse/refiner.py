@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from gircse.cache import join_caches, new_cache
+from gircse.cache import expand_cache, join_caches, new_cache
 from gircse.decoders import Decoder
 from gircse.errors import UsageError
+from gircse.prompts import PromptGroup, align_right, plan_prompts
 
 Pooling = Literal["mean", "last", "mean_with_prompt"]
 """How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k."""
@@ -44,8 +45,9 @@ def refine(
         attention_mask: (B, N), 1 for tokens and 0 for padding; every row has at least one token.
         num_steps: K >= 0.
         temperature: Soft-token temperature T > 0.
-        prompt_tokens: Split the prompt pass into groups of rows of similar length, of about this many padded tokens;
-            the soft tokens of all rows are still written together. One pass where not given.
+        prompt_tokens: Split the prompt pass into groups of rows of similar length, of about this many padded tokens,
+            and compute what all rows begin with (an instruction) once; the soft tokens of all rows are still written
+            together. The result is the same. One plain pass where not given.
 
     Returns:
         (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K.
@@ -55,18 +57,17 @@ def refine(
             is on (it disables the cache that the loop lives on).
     """
     _check(decoder, attention_mask, num_steps, temperature)
-    groups = group_rows(attention_mask.sum(dim=1).tolist(), prompt_tokens)
-    order = [row for group in groups for row in group]
-    prompts = [align_right(input_ids[group], attention_mask[group]) for group in groups]
+    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=not decoder.counts_columns)
+    order = [row for prompt in prompts for row in prompt.rows]
+    prefixes: dict[tuple[int, ...], DynamicCache] = {}
+    caches = [_start_cache(decoder, prompt, prefixes) for prompt in prompts]
+    first = torch.cat([_prompt_pass(decoder, *pair, keep=num_steps > 0) for pair in zip(prompts, caches, strict=True)])
     if num_steps == 0:
-        first = torch.cat([_prompt_pass(decoder, *prompt, cache=None) for prompt in prompts])
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
-    caches = [new_cache() for _ in prompts]
-    first = torch.cat([_prompt_pass(decoder, *prompt, cache=cache) for prompt, cache in zip(prompts, caches, strict=True)])
-    longest = max(mask.shape[1] for _, mask in prompts)
+    longest = max(prompt.mask.shape[1] for prompt in prompts)
     cache = join_caches(caches, longest)
-    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for _, mask in prompts])  # (B, longest)
+    mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
     length = mask.sum(dim=1, keepdim=True)  # (B, 1)
     mask = F.pad(mask, (0, num_steps), value=1)
     states = [first]  # each (B, d)
@@ -83,14 +84,30 @@ def refine(
     return _restore(torch.stack(states, dim=1), order)
 
 
-def _prompt_pass(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None) -> Tensor:
-    """h_0 of rows that end in the same column, (B, d); fills the cache."""
+def _start_cache(
+    decoder: Decoder, prompt: PromptGroup, prefixes: dict[tuple[int, ...], DynamicCache]
+) -> DynamicCache:
+    """The cache that a prompt pass goes on from: its shared prefix, computed once for all groups that have it."""
+    if not prompt.prefix:
+        return new_cache()
+    if prompt.prefix not in prefixes:
+        prefix = new_cache()
+        ids = torch.tensor([prompt.prefix], device=prompt.ids.device)
+        decoder.transformer(input_ids=ids, past_key_values=prefix, use_cache=True)
+        prefixes[prompt.prefix] = prefix
+    return expand_cache(prefixes[prompt.prefix], len(prompt.rows))
+
+
+def _prompt_pass(decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, *, keep: bool) -> Tensor:
+    """h_0 of a group's rows, (b, d); fills the cache."""
+    use_cache = keep or bool(prompt.prefix)
+    positions = (prompt.mask.cumsum(dim=1) - 1).clamp_min(0)  # counted from each row's first token
     out = decoder.transformer(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),  # counted from each row's first token
-        past_key_values=cache,
-        use_cache=cache is not None,
+        input_ids=prompt.ids,
+        attention_mask=prompt.mask,
+        position_ids=positions[:, len(prompt.prefix) :],
+        past_key_values=cache if use_cache else None,
+        use_cache=use_cache,
     )
     return out.last_hidden_state[:, -1]
 
@@ -100,34 +117,6 @@ def _restore(states: Tensor, order: list[int]) -> Tensor:
     if order == list(range(len(order))):
         return states
     return states[torch.tensor(order, device=states.device).argsort()]
-
-
-def group_rows(lengths: list[int], tokens: int | None) -> list[list[int]]:
-    """Rows of similar length, longest first, for prompt passes with little padding.
-
-    A group ends where it holds `tokens` padded tokens, or where a row is shorter than three quarters of the longest of
-    its group and the group is already worth a pass of its own (half of `tokens`).
-
-    Args:
-        lengths: Tokens of every row.
-        tokens: Padded tokens of one prompt pass; None makes a single group in the given order.
-
-    Returns:
-        Indices, every one exactly once.
-    """
-    if tokens is None:
-        return [list(range(len(lengths)))]
-    groups: list[list[int]] = []
-    longest = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        padded = len(groups[-1]) * longest if groups else 0
-        full = padded + longest > tokens
-        ragged = lengths[row] < 0.75 * longest and padded >= tokens // 2
-        if not groups or full or ragged:
-            groups.append([])
-            longest = lengths[row]
-        groups[-1].append(row)
-    return groups
 
 
 def recompute_states(
@@ -178,26 +167,6 @@ def pool_steps(states: Tensor, pooling: str) -> Tensor:
     return (sums / counts)[:, 1 - first :]
 
 
-def align_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move each row's tokens to the right end, so that all rows take their soft tokens in the same column.
-
-    Sliding windows and causal masks are counted in columns: with padding between prompt and soft tokens they would
-    be counted wrongly, so a right-padded batch becomes a left-padded one. Columns that are padding in every row go.
-
-    Args:
-        input_ids: (B, N).
-        attention_mask: (B, N) of 0 and 1.
-
-    Returns:
-        Both, (B, N'), N' the longest row.
-    """
-    longest = int(attention_mask.sum(dim=1).max())
-    if bool(attention_mask[:, -longest:].all()):  # nothing padded inside the window that is kept
-        return input_ids[:, -longest:], attention_mask[:, -longest:]
-    order = attention_mask.long().argsort(dim=1, stable=True)[:, -longest:]  # padding first, tokens in their order
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
 def _check(decoder: Decoder, attention_mask: Tensor, num_steps: int, temperature: float) -> None:
     if num_steps < 0:
         raise UsageError(f"num_steps must be 0 or more, not {num_steps}")
@@ -209,5 +178,10 @@ def _check(decoder: Decoder, attention_mask: Tensor, num_steps: int, temperature
             f"{longest} prompt tokens and {num_steps} soft tokens exceed the backbone's {decoder.max_positions} positions; "
             f"lower max_seq_length to {decoder.max_positions - num_steps} or num_steps"
         )
-    if num_steps and decoder.transformer.training and getattr(decoder.transformer, "is_gradient_checkpointing", False):
+    if num_steps and decoder.transformer.training and _checkpointing(decoder):
         raise UsageError("gradient checkpointing switches the key-value cache off; train with smaller batches instead")
+
+
+def _checkpointing(decoder: Decoder) -> bool:
+    name = "is_activation_checkpointing"  # its name since transformers 5.20; the older one warns there
+    return bool(getattr(decoder.transformer, name, False) or getattr(decoder.transformer, "gradient_checkpointing", False))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from gircse.decoders import PARITY_TESTED, Decoder
+from gircse.prompts import shared_prefix
 from gircse.refiner import pool_steps, refine
 from tests.tiny import FAMILIES, random_batch, tiny_model
 
@@ -69,6 +70,30 @@ def test_gradients_equal_the_recompute_loop(family: str) -> None:
         assert relative_error(mine.grad, theirs.grad) <= 1e-4, name
         compared += 1
     assert compared >= 8
+
+
+@pytest.mark.parametrize("num_steps", [0, STEPS])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2-softcap", "gpt2-learned-positions"])
+def test_grouped_prompt_passes_and_a_shared_prefix_change_nothing(family: str, num_steps: int) -> None:
+    ids, mask = random_batch([14, 9, 20, 12, 8, 17, 4, 1], side="right")
+    ids[:6, :7] = ids[0, :7].clone()  # six rows begin alike: an instruction
+    weights = torch.randn(8, num_steps + 1, 32, generator=torch.Generator().manual_seed(3))
+    results, gradients = [], []
+    for tokens in (None, 40):
+        model = tiny_model(family)
+        states = refine(Decoder.from_model(model), ids, mask, num_steps=num_steps, prompt_tokens=tokens)
+        (states * weights).sum().backward()
+        results.append(states.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative_error(results[1], results[0]) <= 1e-5
+    assert relative_error(gradients[1], gradients[0]) <= 1e-4
+
+
+def test_the_shared_prefix_is_found_and_leaves_every_row_a_token() -> None:
+    alike = (1, 2, 3, 4, 5, 6, 7, 8)
+    texts = [(*alike, 9, 9), (*alike, 3), alike, (*alike, 4, 4, 4), (5, 5)]
+    assert shared_prefix(texts) == (alike[:7], {0, 1, 2, 3})
+    assert shared_prefix(texts[:3]) == ((), set())
 
 
 def test_every_listed_family_is_in_the_matrix() -> None:

@@ -1,0 +1,252 @@
+"""GIRCSE as its users meet it: encoding, prompts, invariance, saving and loading, explanation. Tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+
+from gircse.errors import GircseError, UsageError
+from gircse.model import GIRCSE, plan_batches
+from tests.tiny import tiny_backbone
+
+TEXTS = ["a", "the cat sat", "a much longer text, so that rows are padded", "", "the cat sat", "zz top"]
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+@pytest.mark.parametrize("prompt", ["", "Instruct: find alike\nQuery:"])
+def test_same_text_same_vector(model: GIRCSE, num_steps: int, prompt: str) -> None:
+    """A batch of 1 = a batch of 64, any order, mixed lengths."""
+    texts = [text * (1 + index % 3) for index in range(11) for text in TEXTS][:64]
+    alone = np.stack([model.encode(text, prompt=prompt, num_steps=num_steps) for text in texts])
+    together = model.encode(texts, prompt=prompt, num_steps=num_steps)
+    order = np.random.default_rng(0).permutation(len(texts))
+    shuffled = model.encode([texts[i] for i in order], prompt=prompt, num_steps=num_steps, batch_tokens=100)
+    assert cosines(alone, together).min() >= 0.99999
+    assert cosines(together[order], shuffled).min() >= 0.99999
+    assert np.abs(cosines(alone[:-1], alone[1:])).min() < 0.99, "different texts have different vectors"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_module_takes_either_padding_side(model: GIRCSE, side: str) -> None:
+    ids = model.tokenize_texts(TEXTS).ids
+    longest = max(map(len, ids))
+    pad = [[0] * (longest - len(row)) for row in ids]
+    rows = [p + row if side == "left" else row + p for p, row in zip(pad, ids, strict=True)]
+    mask = [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for p, r in zip(pad, ids, strict=True)]
+    with torch.no_grad():
+        out = model({"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)})["sentence_embedding"]
+    assert cosines(out.numpy(), model.encode(TEXTS)).min() >= 0.99999
+
+
+def test_num_steps_is_chosen_per_call_and_prefix_means_agree(model: GIRCSE) -> None:
+    steps = model.encode_steps(TEXTS, num_steps=6)
+    assert steps.shape == (len(TEXTS), 6, 32)
+    for k in (1, 3, 6):
+        assert cosines(model.encode(TEXTS, num_steps=k), steps[:, k - 1]).min() >= 0.99999
+    assert cosines(model.encode(TEXTS), steps[:, 2]).min() >= 0.99999, "the checkpoint's K is 3"
+    assert cosines(steps[:, 0], steps[:, 5]).max() < 0.9999
+
+
+def test_zero_steps_is_the_last_token_of_a_plain_encoder(model: GIRCSE) -> None:
+    encoder = model.encoder
+    for text in TEXTS:
+        ids = torch.tensor(model.tokenize_texts([text]).ids)
+        with torch.no_grad():
+            hidden = encoder.backbone(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        assert cosines(model.encode(text, num_steps=0), hidden.numpy()) >= 0.99999
+
+
+@pytest.mark.parametrize(("pooling", "first"), [("mean", 1), ("mean_with_prompt", 0), ("last", None)])
+def test_pooling_is_what_its_name_says(model: GIRCSE, pooling: str, first: int | None) -> None:
+    states = model.encode_states(TEXTS, num_steps=4)
+    model.encoder.configure(pooling=pooling)
+    expected = states[:, 4] if first is None else states[:, first:].mean(dim=1)
+    assert cosines(model.encode(TEXTS, num_steps=4), expected.numpy()).min() >= 0.99999
+
+
+def test_temperature_changes_the_vectors(model: GIRCSE) -> None:
+    before = model.encode(TEXTS)
+    model.encoder.configure(temperature=0.05)
+    assert cosines(before, model.encode(TEXTS)).max() < 0.9999
+
+
+def test_instructions_are_formatted_and_documents_are_plain(model: GIRCSE) -> None:
+    by_hand = model.encode("Instruct: sentiment\nQuery:the cat sat", prompt="")
+    assert cosines(model.encode_query("the cat sat", instruction="sentiment"), by_hand) >= 0.99999
+    assert cosines(model.encode_document("the cat sat"), model.encode("the cat sat", prompt="")) >= 0.99999
+    assert cosines(model.encode_document("the cat sat", instruction="sentiment"), by_hand) >= 0.99999
+    steps = model.encode_steps("the cat sat", instruction="sentiment")
+    assert cosines(steps[-1], by_hand) >= 0.99999
+    with pytest.raises(UsageError, match="not both"):
+        model.encode_query("x", instruction="a", prompt="b")
+
+
+def test_everything_a_sentence_transformer_does(model: GIRCSE) -> None:
+    vectors = model.encode(TEXTS, normalize_embeddings=True)
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (len(TEXTS), 32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert model.similarity(vectors, vectors).shape == (6, 6)
+    assert model.encode(TEXTS, truncate_dim=8).shape == (6, 8)
+    assert model.encode(TEXTS, precision="binary").shape == (6, 4)
+    assert model.encode("one").shape == (32,)
+    assert isinstance(model.encode(TEXTS, convert_to_tensor=True), torch.Tensor)
+    assert len(model.encode([])) == 0
+    assert model.encode_steps([], num_steps=2).shape == (0, 2, 32)
+    assert model.get_embedding_dimension() == 32
+    assert len(model.encode(TEXTS, output_value=None)) == 6
+    with pytest.raises(ValueError, match="num_stepz"):
+        model.encode(TEXTS, num_stepz=3)
+
+
+def test_only_the_text_is_cut(model: GIRCSE) -> None:
+    prompt = "Instruct: find alike\nQuery:"
+    tokenized = model.tokenize_texts(["x" * 100, "short"], prompt)
+    assert tokenized.truncated == [True, False]
+    assert len(tokenized.ids[0]) == 48
+    assert model.tokenizer.decode(tokenized.ids[0]).replace(" ", "").startswith("Instruct:findalike")
+    with pytest.raises(UsageError, match="the instruction alone takes 27 of 20 tokens"):
+        model.tokenize_texts(["x"], prompt, max_length=20)
+
+
+def test_wrong_arguments_get_a_sentence(model: GIRCSE) -> None:
+    for call, message in (
+        (lambda: model.encode("x", num_steps=-1), "num_steps must be 0 or more"),
+        (lambda: model.encode_steps("x", num_steps=0), "1 or more"),
+        (lambda: model.encode("x", batch_tokens=0), "batch_tokens"),
+        (lambda: model.encode("x" * 40, num_steps=30), "exceed the backbone's 64 positions"),
+        (lambda: model.encoder.configure(pooling="median"), "pooling must be one of"),
+        (lambda: model.explain("x", num_steps=0), "explain needs"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["backbone", "adapter", "full"])
+def test_a_checkpoint_remembers_everything(backbone: Path, tmp_path: Path, kind: str) -> None:
+    model = GIRCSE.from_backbone(
+        str(backbone), num_steps=4, pooling="mean_with_prompt", temperature=0.5, max_seq_length=40,
+        lora=lora() if kind == "adapter" else None, full_finetune=kind == "full", device="cpu",
+    )  # fmt: skip
+    model.prompts["query"] = "Q: "
+    if kind == "full":
+        with torch.no_grad():
+            next(model.encoder.backbone.parameters()).add_(0.05)
+    expected = model.encode_query(TEXTS)
+    model.save_pretrained(str(tmp_path / "saved"))
+    saved = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == (kind == "adapter")
+    assert ("model.safetensors" in saved) == (kind == "full")
+
+    ours = GIRCSE(str(tmp_path / "saved"), device="cpu")
+    theirs = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    assert ours.encoder.refinement == model.encoder.refinement
+    assert cosines(ours.encode_query(TEXTS), expected).min() >= 0.99999
+    assert cosines(theirs.encode_query(TEXTS), expected).min() >= 0.99999
+    assert cosines(theirs.encode(TEXTS, prompt="Q: ", num_steps=1), ours.encode_query(TEXTS, num_steps=1)).min() >= 0.99999
+    if kind == "adapter":
+        ours.encoder.backbone.disable_adapters()
+        assert cosines(ours.encode_query(TEXTS), expected).min() < 0.999, "the adapter was in use"
+
+
+def test_loading_never_guesses(backbone: Path, tmp_path: Path) -> None:
+    other = tiny_backbone(tmp_path / "other", seed=5)
+    GIRCSE.from_backbone(str(backbone), lora=lora(), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(GircseError, match="are not those this model was trained on"):
+        GIRCSE(str(tmp_path / "saved"), backbone=str(other))
+    config = tmp_path / "saved" / "gircse_config.json"
+    values = json.loads(config.read_text())
+    del values["refinement"]["pooling"]
+    config.write_text(json.dumps(values))
+    with pytest.raises(GircseError, match=r"incomplete.*pooling"):
+        GIRCSE(str(tmp_path / "saved"))
+    with pytest.raises(GircseError, match="from_backbone"):
+        GIRCSE(str(backbone))
+
+
+def test_explain_adds_up(model: GIRCSE) -> None:
+    steps = model.explain("the cat sat", instruction="find alike", num_steps=4, top=97)
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    for step in steps:
+        assert sum(step.weights) == pytest.approx(1, abs=1e-4)
+        assert step.weights == sorted(step.weights, reverse=True)
+        entropy = -sum(w * np.log(w) for w in step.weights if w > 0)
+        assert step.entropy == pytest.approx(entropy, abs=1e-3)
+    assert steps[0].movement is None
+    zs = model.encode_steps("the cat sat", instruction="find alike", num_steps=4)
+    for k in (1, 2, 3):
+        assert steps[k].movement == pytest.approx(1 - cosines(zs[k - 1], zs[k]), abs=1e-5)
+    # The first soft token's heaviest entry is what the backbone itself would say next.
+    ids = torch.tensor(model.tokenize_texts(["the cat sat"], model.format_instruction("find alike")).ids)
+    with torch.no_grad():
+        top = int(model.encoder.backbone(input_ids=ids).logits[0, -1].argmax())
+    assert steps[0].tokens[0] == model.tokenizer.decode([top])
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_vectors(model: GIRCSE) -> None:
+    texts = [f"{text} {index}" for index in range(4) for text in TEXTS]
+    spread = model.encode(texts, device=["cpu", "cpu"], chunk_size=6, num_steps=2)
+    assert cosines(spread, model.encode(texts, num_steps=2)).min() >= 0.99999
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), max_size=60),
+    num_steps=st.integers(0, 20),
+    budget=st.integers(1, 2000),
+    most=st.none() | st.integers(1, 9),
+)
+@settings(deadline=None)
+def test_batches_keep_their_budget_and_lose_nothing(lengths: list[int], num_steps: int, budget: int, most: int | None) -> None:
+    batches = plan_batches(lengths, num_steps, budget, most)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        cost = (max(lengths[index] for index in batch) + num_steps) * len(batch)
+        assert len(batch) == 1 or cost <= budget
+        assert most is None or len(batch) <= most
+
+
+@given(
+    texts=st.lists(st.text(max_size=30), min_size=1, max_size=8),
+    prompt=st.sampled_from(["", "Instruct: x\nQuery:", "Instruct: something long\nQuery:"]),
+    num_steps=st.integers(0, 3),
+    budget=st.integers(1, 300),
+    data=st.data(),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_batching_gives_the_same_vectors(
+    texts: list[str], prompt: str, num_steps: int, budget: int, data: st.DataObject
+) -> None:
+    model = _shared_model()
+    order = data.draw(st.permutations(range(len(texts))))
+    expected = np.stack([model.encode(text, prompt=prompt, num_steps=num_steps) for text in texts])
+    got = model.encode([texts[i] for i in order], prompt=prompt, num_steps=num_steps, batch_tokens=budget)
+    assert cosines(expected[list(order)], got).min() >= 0.99999
+
+
+_MODELS: list[GIRCSE] = []
+
+
+def _shared_model() -> GIRCSE:
+    """One tiny model for all of hypothesis' examples (fixtures are made anew for each test, not for each example)."""
+    if not _MODELS:
+        from tempfile import mkdtemp
+
+        _MODELS.append(GIRCSE.from_backbone(str(tiny_backbone(Path(mkdtemp()))), num_steps=3, max_seq_length=48, device="cpu"))
+    return _MODELS[0]

@@ -1,0 +1,166 @@
+"""Recipes are checked, data is drawn as they say, and a killed run goes on where it stood. Tiny models, real trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+import zstandard
+
+from gircse.errors import GircseError, InputDataError, UsageError
+from gircse.model import GIRCSE
+from gircse.train.data import load_training_data, read_rows
+from gircse.train.recipe import Recipe, load_recipe
+from gircse.train.run import train
+
+ROWS = [
+    {"task": task, "instruction": f"do {task}", "query": f"query {i}", "pos": [f"pos {i}"], "neg": [f"neg {i}", f"bad {i}"]}
+    for task in ("a", "b")
+    for i in range(24)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    with zstandard.open(tmp_path / "data" / "rows.jsonl.zst", "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def values(folder: Path, backbone: Path) -> dict[str, Any]:
+    return {
+        "backbone": str(backbone),
+        "seed": 3,
+        "model": {"num_steps": 2, "max_seq_length": 40},
+        "lora": {"r": 2, "alpha": 4},
+        "data": {
+            "folder": str(folder / "data"),
+            "max_seq_length": 30,
+            "sources": [
+                {"file": "rows", "task": "a", "examples": 16, "negatives": 1, "symmetric": True, "licence": "x"},
+                {"file": "rows", "task": "b", "examples": 8, "negatives": 2, "in_batch_negatives": False, "licence": "x"},
+            ],
+        },
+        "training": {"batch_size": 4, "learning_rate": 0.01, "warmup_steps": 1, "save_every": 2, "log_every": 1},
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: Path) -> None:
+    recipe = load_recipe(write(folder, values(folder, backbone)))
+    data = load_training_data(recipe)
+    assert {name: len(rows) for name, rows in data.items()} == {"rows/a": 16, "rows/b": 8}
+    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1"]
+    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    first = data["rows/a"][0]
+    assert first["anchor"].startswith("Instruct: do a\nQuery:query ")
+    assert first["positive"].startswith("Instruct: do a\nQuery:pos "), "symmetric: both sides carry the instruction"
+    assert data["rows/b"][0]["positive"].startswith("pos ")
+    assert load_training_data(recipe)["rows/a"][:] == data["rows/a"][:]
+    other = load_recipe(write(folder, values(folder, backbone) | {"seed": 4}))
+    assert load_training_data(other)["rows/a"][:] != data["rows/a"][:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainig": {}}, "unknown key trainig; did you mean training?"),
+        ({"model": {"num_step": 3}}, "unknown key model.num_step; did you mean num_steps?"),
+        ({"model": {"num_steps": -1}}, "model.num_steps: Input should be greater than or equal to 0"),
+        ({"loss": {"temperature": 0}}, "loss.temperature"),
+        ({"model": {"pooling": "max"}}, "model.pooling"),
+        ({"data": None}, "data"),
+    ],
+)
+def test_wrong_recipes_are_refused_with_the_key(folder: Path, backbone: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(GircseError) as error:
+        load_recipe(write(folder, values(folder, backbone) | change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_key_gets_the_nearest_name(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    content["data"]["sources"][1]["negativs"] = 1
+    with pytest.raises(GircseError, match=r"unknown key data.sources.1.negativs; did you mean negatives\?"):
+        load_recipe(write(folder, content))
+
+
+def test_no_negatives_at_all_is_refused(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    content["data"]["sources"][1]["negatives"] = 0
+    with pytest.raises(GircseError, match="negatives must be 1 or more"):
+        load_recipe(write(folder, content))
+
+
+def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
+    good = json.dumps(ROWS[0])
+    for bad, message in (
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        (json.dumps({**ROWS[0], "pos": []}), "'pos' must be a non-empty list"),
+        (json.dumps({"task": "a"}), "'instruction'"),
+        (json.dumps({**ROWS[0], "neg": "x"}), "'neg' must be a list"),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(InputDataError, match=rf"rows.jsonl:2: .*{message}"):
+            list(read_rows(path))
+
+
+def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    content["data"]["sources"][0]["examples"] = 500
+    with pytest.raises(GircseError, match="24 rows of a have 1 negatives, the recipe asks for 500"):
+        load_training_data(load_recipe(write(folder, content)))
+    content["data"]["sources"][0]["file"] = "nowhere"
+    with pytest.raises(GircseError, match="nowhere.jsonl"):
+        load_training_data(load_recipe(write(folder, content)))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_losses(folder: Path, backbone: Path) -> None:
+    """Stopped in the middle and resumed = never stopped: losses of every step and the final weights."""
+    recipe = load_recipe(write(folder, values(folder, backbone)))
+    whole: list[dict[str, float]] = []
+    model = train(recipe, folder / "whole", report=whole.append)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_four(log: dict[str, float]) -> None:
+        if log["step"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, folder / "broken", report=stop_after_four)
+    with pytest.raises(UsageError, match="--resume"):
+        train(recipe, folder / "broken")
+    rest: list[dict[str, float]] = []
+    resumed = train(recipe, folder / "broken", resume=True, report=rest.append)
+
+    def losses(logs: list[dict[str, float]]) -> dict[float, float]:
+        return {log["step"]: log["loss"] for log in logs if "loss" in log}
+
+    assert sorted(losses(whole)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(losses(rest)) == [5, 6], "it went on from the last checkpoint"
+    for step, loss in losses(rest).items():
+        assert loss == pytest.approx(losses(whole)[step], rel=1e-4)
+    assert {f"step_loss_{k}" for k in (1, 2)} <= set(whole[0])
+    for (name, a), (_, b) in zip(model.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert (a - b).abs().max() <= 1e-5, name
+
+    saved = GIRCSE(str(folder / "whole"), device="cpu")
+    facts = saved.encoder.training_facts
+    assert Recipe.model_validate(facts["recipe"] | {"data": facts["recipe"]["data"] | {"folder": "x"}}).seed == 3
+    assert set(facts["data_sha256"]) == {"rows.jsonl.zst"}
+    assert saved.max_seq_length == 40, "the training length is not the checkpoint's"
