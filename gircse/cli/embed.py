@@ -11,13 +11,24 @@ from datetime import timedelta
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from gircse.cli.common import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    InstructionOption,
+    JsonOption,
+    ModelOption,
+    NumStepsOption,
+    load_model,
+    stderr,
+)
 from gircse.embed import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_SIZE, InputFormat, Precision
 from gircse.errors import UsageError
 
@@ -26,7 +37,7 @@ if TYPE_CHECKING:
     from gircse.embed.reader import BadRows
     from gircse.model import GIRCSE
 
-_INPUT, _OUTPUT, _MODEL = "Input", "Output", "Model"
+_INPUT, _OUTPUT = "Input", "Output"
 _LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
 
@@ -82,48 +93,23 @@ def embed(
         int,
         typer.Option(min=1, help="Texts of a shard: what a kill can cost at most.", rich_help_panel=_OUTPUT),
     ] = DEFAULT_SHARD_SIZE,
-    summary_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on standard output.", rich_help_panel=_OUTPUT)
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id; the model that ships with gircse where not given.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(help="What the vectors should be about. Plain texts where not given.", rich_help_panel=_MODEL),
-    ] = None,
+    model: ModelOption = None,
+    instruction: InstructionOption = None,
     prompt: Annotated[
-        str | None,
-        typer.Option(help="Instead of an instruction: put before every text as it stands.", rich_help_panel=_MODEL),
+        str | None, typer.Option(help="Instead of an instruction: put before every text as it stands.")
     ] = None,
-    num_steps: Annotated[
-        int | None,
-        typer.Option(min=0, help="Refinement steps K; the model's where not given.", rich_help_panel=_MODEL),
-    ] = None,
+    num_steps: NumStepsOption = None,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Longest prompt + text in tokens; the model's where not given. Only the text is ever cut.",
-            rich_help_panel=_MODEL,
-        ),
+        typer.Option(min=1, help="Longest prompt + text in tokens; the model's where not given. Only the text is cut."),
     ] = None,
     batch_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.", rich_help_panel=_MODEL),
+        int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
     ] = DEFAULT_BATCH_TOKENS,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps ...; the best there is where not given.", rich_help_panel=_MODEL),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of the weights.", rich_help_panel=_MODEL),
-    ] = "float32",
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Embed a corpus of any size: a file of texts in, a file of L2-normalised vectors out, in the order of the input.
 
@@ -156,13 +142,11 @@ def embed(
     from gircse.embed.reader import CorpusReader
     from gircse.embed.writer import refuse_existing
 
-    console = Console(stderr=True)
-    with _explained(console, output, debug):
+    with _interruptible(output):
         reader = CorpusReader(source, input_format, column=column, id_column=id_column, skip_bad=skip_bad)
         refuse_existing(output, resume=resume, overwrite=overwrite)
         reader.peek()
-        with console.status("loading the model"):
-            encoder = _load_model(model, device, dtype)
+        encoder = load_model(model, device=device, dtype=dtype)
         settings = EmbedSettings(
             model=model or "default",
             model_checksum=_model_checksum(encoder),
@@ -176,22 +160,14 @@ def embed(
             shard_size=shard_size,
             environment=_environment(encoder),
         )
-        with _Display(console, reader.count_rows()) as display:
+        with _Display(stderr, reader.count_rows()) as display:
             summary = embed_corpus(
                 encoder, reader, output, settings, resume=resume, overwrite=overwrite, on_progress=display.update
             )
     for line in _closing_words(summary, reader.bad, settings):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if summary_json:
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+    if json_output:
         print(json.dumps(asdict(summary), ensure_ascii=False))
-
-
-def _load_model(name: str | None, device: str | None, dtype: str) -> GIRCSE:
-    import torch
-
-    from gircse.model import GIRCSE
-
-    return GIRCSE(name, device=device, dtype=getattr(torch, dtype))
 
 
 def _model_checksum(model: GIRCSE) -> str:
@@ -206,12 +182,13 @@ def _model_checksum(model: GIRCSE) -> str:
 
 
 def _environment(model: GIRCSE) -> dict[str, str | int]:
-    """What else decides the last bits of a vector."""
+    """What else there is to know of a vector's making, down to what decides its last bits."""
     import torch
 
     kind = model.device.type
     chip = torch.cuda.get_device_name(model.device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
+        "backbone": model.encoder.reference.name,
         "device": f"{kind} ({chip})",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -221,16 +198,16 @@ def _environment(model: GIRCSE) -> dict[str, str | int]:
 
 
 @contextmanager
-def _explained(console: Console, output: Path, debug: bool) -> Iterator[None]:
+def _interruptible(output: Path) -> Iterator[None]:
+    from gircse.embed.writer import parts_folder
+
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"stopped; finished shards are kept for --resume beside {output}", markup=False, soft_wrap=True)
+        kept = parts_folder(output)
+        what = f"what is done is kept in {kept}: go on with --resume" if kept.exists() else "nothing was done yet"
+        stderr.print(f"stopped; {what}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    except Exception:
-        if debug:
-            console.print_exception()
-        raise
 
 
 class _Display:

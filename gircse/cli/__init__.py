@@ -1,0 +1,91 @@
+"""The command line: one file a verb, and the one place where errors become a line and an exit code.
+
+Nothing here imports torch: ``gircse --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gircse._version import __version__
+from gircse.cli.demo import demo
+from gircse.cli.embed import embed
+from gircse.cli.explain import explain
+from gircse.cli.info import info
+from gircse.cli.similarity import similarity
+from gircse.cli.train import train
+from gircse.errors import GircseError
+
+app = typer.Typer(
+    name="gircse",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, embed, similarity, explain, train, info):
+    app.command(command.__name__)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gircse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gircse(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Generative text embeddings: a decoder LLM writes soft tokens about a text, and their mean is its vector.
+
+    Results go to standard output, progress and messages to standard error. Exit codes: 0 done, 1 failed, 2 wrong call.
+
+    [bold]Start here[/bold]
+
+      gircse demo                                          five minutes, nothing to prepare
+      gircse similarity "a cat sleeps" "a kitten naps"
+      gircse embed corpus.jsonl -o corpus.parquet          any size, resumable
+      gircse explain "who wrote Hamlet?"                   what the soft tokens say
+
+    [bold]Environment[/bold]
+
+      GIRCSE_HOME       cache of backbones (default ~/.cache/gircse)
+      GIRCSE_OFFLINE    1: never ask the network
+    """
+
+
+def main() -> None:
+    """Run the command line: a `GircseError` becomes one line on stderr and its exit code; ``--debug`` shows the traceback."""
+    debug = "--debug" in sys.argv
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except GircseError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`gircse ... | head`); flushing at exit must not complain about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(code)

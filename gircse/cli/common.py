@@ -1,0 +1,79 @@
+"""What several verbs share: options, and loading a model with its progress shown."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from gircse.errors import UsageError
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub id; the model that ships with gircse where not given.")
+]
+InstructionOption = Annotated[str | None, typer.Option("--instruction", help="What the vector should be about.")]
+NumStepsOption = Annotated[
+    int | None, typer.Option("--num-steps", min=0, help="Refinement steps K; the model's where not given.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the best there is where not given.")
+]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+stderr = Console(stderr=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep progress bars and warnings of transformers off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(
+    model: str | None,
+    *,
+    backbone: str | None = None,
+    device: str | None = None,
+    dtype: Dtype = "float32",
+    num_steps: int | None = None,
+) -> GIRCSE:
+    """The model that a verb's options name, with a spinner while it loads.
+
+    Raises:
+        UsageError: Both a model and a backbone are named.
+    """
+    if model is not None and backbone is not None:
+        raise UsageError("give either --model (a saved model) or --backbone (an untrained one), not both")
+    with stderr.status("loading the model"):
+        import torch
+
+        from gircse.model import GIRCSE
+
+        with quiet_libraries():
+            if backbone is not None:
+                loaded = GIRCSE.from_backbone(backbone, device=device, dtype=getattr(torch, dtype))
+            else:
+                loaded = GIRCSE(model, device=device, dtype=getattr(torch, dtype))
+    if num_steps is not None:
+        loaded.num_steps = num_steps
+    return loaded

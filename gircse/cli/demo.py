@@ -1,0 +1,139 @@
+"""`gircse demo`: a guided tour over a bundled corpus. Every number it prints is computed while one watches."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gircse.cli.common import DebugOption, DeviceOption, JsonOption, ModelOption, load_model, stderr
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gircse.model import GIRCSE
+
+# Each question with the passage that answers it: the demo says honestly at which rank that one comes.
+QUESTIONS = {
+    "What is the coldest place on Earth?": "en-043",
+    "How do plants make their food?": "en-119",
+    "Which animals live together in groups called prides?": "en-569",
+    "How long is the Amazon?": "en-683",
+    "Which organ pumps blood through the body?": "en-193",
+}
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+FACETS = {
+    "topic": "Represent the sentence by its topic, such as sports, politics, health or travel",
+    "language": "Represent the sentence by the language it is written in, such as English, French or German",
+}
+STEPS = (1, 5)
+
+
+def demo(
+    model: ModelOption = None, device: DeviceOption = None, json_output: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """A tour: embed a bundled corpus, ask five questions, steer the vectors by instruction, read the soft tokens.
+
+    [bold]Examples[/bold]
+
+      gircse demo
+      gircse demo --model runs/mine
+    """
+    loaded = load_model(model, device=device)
+    corpus = load_corpus()
+    facts: dict[str, Any] = {"passages": len(corpus)}
+    console = Console(stderr=json_output)  # with --json the tour goes to stderr and the facts to stdout
+
+    console.rule("[bold]1  A corpus becomes vectors")
+    started = time.perf_counter()
+    documents = _embed_passages(loaded, corpus)  # (n, max(STEPS), d)
+    seconds = time.perf_counter() - started
+    facts |= {"seconds": seconds, "texts_per_second": len(corpus) / seconds}
+    console.print(
+        f"{len(corpus)} sentences of Wikinews, Wikibooks and Wikivoyage (SIB-200 / FLORES, CC BY-SA 4.0) in {seconds:.0f} s: "
+        f"{len(corpus) / seconds:.0f} texts/s, {documents.shape[-1]} dimensions, after every one of {max(STEPS)} steps at once.\n"
+    )
+
+    console.rule("[bold]2  Five questions, and what more steps change")
+    facts["questions"] = _ask(loaded, corpus, documents, console)
+
+    console.rule("[bold]3  The same sentences under two instructions")
+    facts["facets"] = _steer(loaded, corpus, console)
+
+    console.rule("[bold]4  What the soft tokens say")
+    question = next(iter(QUESTIONS))
+    from gircse.cli.explain import soft_token_table
+
+    console.print(f"[dim]{escape(loaded.format_instruction(INSTRUCTION))}[/]{escape(question)}\n", highlight=False)
+    console.print(soft_token_table(loaded.explain(question, instruction=INSTRUCTION, num_steps=max(STEPS))), "")
+
+    console.rule("[bold]Next")
+    console.print(
+        '  gircse similarity "a cat sleeps" "a kitten naps" --num-steps 20\n'
+        "  gircse embed YOUR.jsonl -o YOUR.parquet            any size; --resume after an interruption\n"
+        '  gircse explain "your text" --instruction "what it should be about"\n'
+        "  gircse train recipes/smollm2-135m-first.yaml ...   your own adapter\n",
+        highlight=False,
+    )
+    if json_output:
+        print(json.dumps(facts))
+
+
+def load_corpus() -> list[dict[str, str]]:
+    """The bundled passages: ``id``, ``text``, ``topic``, ``language``."""
+    text = (files("gircse") / "data" / "demo_corpus.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _embed_passages(model: GIRCSE, corpus: Sequence[dict[str, str]]) -> np.ndarray:
+    with stderr.status(f"embedding {len(corpus)} passages"):
+        texts = [passage["text"] for passage in corpus]
+        return model.encode_steps(texts, num_steps=max(STEPS), normalize_embeddings=True)
+
+
+def _ask(
+    model: GIRCSE, corpus: Sequence[dict[str, str]], documents: np.ndarray, console: Console
+) -> list[dict[str, Any]]:
+    queries = model.encode_steps(
+        list(QUESTIONS), instruction=INSTRUCTION, num_steps=max(STEPS), normalize_embeddings=True
+    )  # (5, K, d)
+    ids = [passage["id"] for passage in corpus]
+    found = []
+    for row, (question, answer) in enumerate(QUESTIONS.items()):
+        scores = {k: documents[:, k - 1] @ queries[row, k - 1] for k in STEPS}
+        ranks = {k: 1 + int((scores[k] > scores[k][ids.index(answer)]).sum()) for k in STEPS}
+        best = scores[max(STEPS)].argsort()[::-1][:2]
+        found.append({"question": question, "ranks": ranks, "top": [ids[index] for index in best]})
+        shown = ", ".join(f"K={k}: rank {rank}" for k, rank in ranks.items())
+        console.print(f"[bold]{escape(question)}[/]  [dim]the answer's {shown}[/]", highlight=False)
+        for index in best:
+            mark = "[green]✓[/]" if ids[index] == answer else " "
+            text = escape(corpus[index]["text"])
+            console.print(f"  {mark} {scores[max(STEPS)][index]:.3f}  {text}", highlight=False)
+    console.print()
+    return found
+
+
+def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) -> dict[str, dict[str, float]]:
+    """Embed a multilingual part of the corpus under two instructions and count whose nearest neighbour is alike in what."""
+    foreign = [passage for passage in corpus if passage["language"] != "English"]
+    table = Table("instruction", *(f"nearest neighbour of the same {facet}" for facet in FACETS), box=None, pad_edge=False)
+    shares: dict[str, dict[str, float]] = {}
+    for facet, instruction in FACETS.items():
+        vectors = model.encode_query([passage["text"] for passage in foreign], instruction=instruction)
+        scores = model.similarity(vectors, vectors).fill_diagonal_(-2)
+        nearest = scores.argmax(dim=1).tolist()
+        shares[facet] = {
+            other: sum(foreign[i][other] == foreign[j][other] for i, j in enumerate(nearest)) / len(foreign)
+            for other in FACETS
+        }
+        table.add_row(instruction, *(f"{shares[facet][other]:.0%}" for other in FACETS))
+    console.print(f"{len(foreign)} of the sentences are French, German and Spanish, six topics alike:\n")
+    console.print(table, "")
+    return shares
