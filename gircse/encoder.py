@@ -1,6 +1,6 @@
 """The generative encoder as a sentence-transformers module: token ids in, embedding out, saved and loaded whole.
 
-Knows tokenisation, pooling and the checkpoint's layout; knows nothing of losses, batching by budget or the command line.
+Knows tokenisation, pooling and the checkpoint's layout; knows nothing of losses, token budgets or the command line.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class _Checkpoint:
                 dict(values["training"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise GircseError(f"{source}: gircse_config.json is incomplete or from another version ({error})") from error
+            raise GircseError(
+                f"{source}: gircse_config.json is incomplete or from another version ({error})"
+            ) from error
 
 
 class GenerativeEncoder(InputModule):
@@ -212,7 +214,8 @@ class GenerativeEncoder(InputModule):
             prompt_length = len(self.tokenizer(prompt, verbose=False).input_ids)
             if prompt_length >= limit:
                 raise UsageError(
-                    f"the instruction alone takes {prompt_length} of {limit} tokens; shorten it or raise the maximum length"
+                    f"the instruction alone takes {prompt_length} of {limit} tokens; "
+                    "shorten it or raise the maximum length"
                 )
         if not texts:
             return TokenizedTexts([], [])

@@ -12,6 +12,7 @@ library and what it does not say about the model is stated here.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def convert_gguf(gguf: Path, folder: Path, report: Callable[[int, int], None] | 
     # Tied embeddings are one tensor in the file and stay one: config.json says that the head shares it.
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private to the user
 
 
 def _hf_name(name: str, architecture: str) -> str:
@@ -113,15 +115,26 @@ def _weight(tensor: Any, architecture: str, config: PreTrainedConfig) -> np.ndar
 
     weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     if architecture == "llama" and re.search(r"\.attn_[qk]\.", tensor.name):
-        # llama.cpp rotates neighbouring pairs of a head (0,1),(2,3)..., transformers rotates halves (0,d/2),(1,d/2+1)...
+        # RoPE: llama.cpp rotates neighbours of a head (0,1),(2,3).., transformers rotates halves (0,d/2),(1,d/2+1)..
         heads = config.num_attention_heads if ".attn_q." in tensor.name else config.num_key_value_heads
         pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
         weight = pairs.swapaxes(1, 2).reshape(weight.shape)
     elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
         weight = weight - 1  # the file holds what the norm multiplies by, transformers multiplies by 1 + weight
-    half = weight.astype(np.float16)
-    close = np.abs(half.astype(np.float32) - weight) <= MAX_RELATIVE_ERROR * np.abs(weight)
-    return np.ascontiguousarray(half if close.all() else weight)
+    return _compact(weight)
+
+
+def _compact(weight: np.ndarray) -> np.ndarray:
+    """The weight in float16 if that changes no element by more than `MAX_RELATIVE_ERROR` of it, else as it is."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(weight, dtype=np.float16)
+    blocks = max(1, weight.size >> 22)  # an embedding matrix of 0.7 GB is not to be copied five times at once
+    for exact, rounded in zip(np.array_split(weight, blocks), np.array_split(half, blocks), strict=True):
+        if not (np.abs(rounded.astype(np.float32) - exact) <= MAX_RELATIVE_ERROR * np.abs(exact)).all():
+            return np.ascontiguousarray(weight)
+    return half
 
 
 def _decimal(value: float) -> float:

@@ -58,7 +58,8 @@ class ICRLoss(nn.Module):
         >>> from gircse import GIRCSE, ICRLoss
         >>> from peft import LoraConfig
         >>> from sentence_transformers import SentenceTransformerTrainer
-        >>> model = GIRCSE.from_backbone("smollm2-135m", lora=LoraConfig(r=16, lora_alpha=64, target_modules="all-linear"))
+        >>> lora = LoraConfig(r=16, lora_alpha=64, target_modules="all-linear")
+        >>> model = GIRCSE.from_backbone("smollm2-135m", lora=lora)
         >>> trainer = SentenceTransformerTrainer(model, train_dataset=dataset, loss=ICRLoss(model))
         >>> trainer.train()
     """

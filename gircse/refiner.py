@@ -1,7 +1,7 @@
 """The refinement loop: a prompt pass, then K one-token passes over a key-value cache.
 
-Knows a `Decoder` and token ids; knows nothing of tokenisation, losses or files. Equation numbers are those of the GIRCSE
-paper (arXiv 2509.24291, section 3).
+Knows a `Decoder` and token ids; knows nothing of tokenisation, losses or files. Sections are those of the GIRCSE
+paper (arXiv 2509.24291).
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def refine(
     return _restore(torch.stack(states, dim=1), order)
 
 
-def _start_cache(
-    decoder: Decoder, prompt: PromptGroup, prefixes: dict[tuple[int, ...], DynamicCache]
-) -> DynamicCache:
+def _start_cache(decoder: Decoder, prompt: PromptGroup, prefixes: dict[tuple[int, ...], DynamicCache]) -> DynamicCache:
     """The cache that a prompt pass goes on from: its shared prefix, computed once for all groups that have it."""
     if not prompt.prefix:
         return new_cache()
@@ -175,7 +173,7 @@ def _check(decoder: Decoder, attention_mask: Tensor, num_steps: int, temperature
     longest = int(attention_mask.sum(dim=1).max())
     if longest + num_steps > decoder.max_positions:
         raise UsageError(
-            f"{longest} prompt tokens and {num_steps} soft tokens exceed the backbone's {decoder.max_positions} positions; "
+            f"{longest} prompt and {num_steps} soft tokens exceed the backbone's {decoder.max_positions} positions; "
             f"lower max_seq_length to {decoder.max_positions - num_steps} or num_steps"
         )
     if num_steps and decoder.transformer.training and _checkpointing(decoder):
@@ -184,4 +182,6 @@ def _check(decoder: Decoder, attention_mask: Tensor, num_steps: int, temperature
 
 def _checkpointing(decoder: Decoder) -> bool:
     name = "is_activation_checkpointing"  # its name since transformers 5.20; the older one warns there
-    return bool(getattr(decoder.transformer, name, False) or getattr(decoder.transformer, "gradient_checkpointing", False))
+    return bool(
+        getattr(decoder.transformer, name, False) or getattr(decoder.transformer, "gradient_checkpointing", False)
+    )

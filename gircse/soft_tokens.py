@@ -55,7 +55,7 @@ class Vocabulary:
         return logits
 
     def probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
-        """p = softmax(logits / T), computed in float32.
+        """P = softmax(logits / T), computed in float32.
 
         Args:
             hidden: (..., d).
@@ -67,7 +67,7 @@ class Vocabulary:
         return F.softmax(self.logits(hidden).float() / temperature, dim=-1)
 
     def soft_token(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """e = p · E: the next input embedding (GIRCSE, section 3.1).
+        """E = p · E: the next input embedding (GIRCSE, section 3.1).
 
         A one-hot p gives exactly the input embedding of that token.
 

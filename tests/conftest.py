@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,6 @@ def model(backbone: Path) -> GIRCSE:
 
 
 @pytest.fixture(scope="session")
-def shipped() -> Iterator[GIRCSE]:
+def shipped() -> GIRCSE:
     """The model that ships with the package, over the real backbone."""
-    yield GIRCSE(device="cpu")
+    return GIRCSE(device="cpu")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gircse.embed.job import EmbedSettings, embed_corpus
+from gircse.embed.job import EmbedSettings, Progress, embed_corpus
 from gircse.embed.reader import CorpusReader
 
 DIM = 16
@@ -65,8 +65,17 @@ def settings(**changes: Any) -> EmbedSettings:
     return EmbedSettings(**{**values, **changes})
 
 
+def _tell(progress: Progress) -> None:
+    if progress.tokens:
+        print(progress.texts, flush=True)  # noqa: T201  # whoever kills it counts these lines
+
+
 if __name__ == "__main__":
-    print("begun", flush=True)  # noqa: T201  # whoever kills it counts from here
     embed_corpus(
-        HashingModel(float(sys.argv[3])), CorpusReader(sys.argv[1]), Path(sys.argv[2]), settings(), resume=True
+        HashingModel(float(sys.argv[3])),
+        CorpusReader(sys.argv[1]),
+        Path(sys.argv[2]),
+        settings(),
+        resume=True,
+        on_progress=_tell,
     )

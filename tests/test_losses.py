@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def columns(model: GIRCSE, *texts: list[str]) -> list[dict[str, torch.Tensor]]:
     return [model.preprocess(column) for column in texts]
 
 
-def by_hand(model: GIRCSE, texts: list[list[str]], tau: float, weight: float, keep: list[list[int]]) -> tuple[float, list[float]]:
+def by_hand(
+    model: GIRCSE, texts: list[list[str]], tau: float, weight: float, keep: list[list[int]]
+) -> tuple[float, list[float]]:
     """The paper's formula, in plain loops. `keep` lists the candidates of each row, its own positive first."""
     steps = [torch.tensor(model.encode_steps(column)) for column in texts]
     candidates = torch.cat(steps[1:])
@@ -33,7 +36,7 @@ def by_hand(model: GIRCSE, texts: list[list[str]], tau: float, weight: float, ke
             scores = [float(F.cosine_similarity(steps[0][row, k], candidates[j, k], dim=0)) / tau for j in indices]
             total += math.log(sum(math.exp(score - scores[0]) for score in scores))
         losses.append(total / len(keep))
-    penalty = [max(0.0, math.log(b) - math.log(a)) for a, b in zip(losses, losses[1:], strict=False)]
+    penalty = [max(0.0, math.log(b) - math.log(a)) for a, b in pairwise(losses)]
     return sum(losses) / len(losses) + weight * sum(penalty) / len(penalty), losses
 
 

@@ -48,7 +48,10 @@ def test_the_module_takes_either_padding_side(model: GIRCSE, side: str) -> None:
     longest = max(map(len, ids))
     pad = [[0] * (longest - len(row)) for row in ids]
     rows = [p + row if side == "left" else row + p for p, row in zip(pad, ids, strict=True)]
-    mask = [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for p, r in zip(pad, ids, strict=True)]
+    mask = [
+        [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+        for p, r in zip(pad, ids, strict=True)
+    ]
     with torch.no_grad():
         out = model({"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)})["sentence_embedding"]
     assert cosines(out.numpy(), model.encode(TEXTS)).min() >= 0.99999
@@ -159,7 +162,9 @@ def test_a_checkpoint_remembers_everything(backbone: Path, tmp_path: Path, kind:
     assert ours.encoder.refinement == model.encoder.refinement
     assert cosines(ours.encode_query(TEXTS), expected).min() >= 0.99999
     assert cosines(theirs.encode_query(TEXTS), expected).min() >= 0.99999
-    assert cosines(theirs.encode(TEXTS, prompt="Q: ", num_steps=1), ours.encode_query(TEXTS, num_steps=1)).min() >= 0.99999
+    assert (
+        cosines(theirs.encode(TEXTS, prompt="Q: ", num_steps=1), ours.encode_query(TEXTS, num_steps=1)).min() >= 0.99999
+    )
     if kind == "adapter":
         ours.encoder.backbone.disable_adapters()
         assert cosines(ours.encode_query(TEXTS), expected).min() < 0.999, "the adapter was in use"
@@ -213,7 +218,9 @@ def test_several_processes_give_the_same_vectors(model: GIRCSE) -> None:
     most=st.none() | st.integers(1, 9),
 )
 @settings(deadline=None)
-def test_batches_keep_their_budget_and_lose_nothing(lengths: list[int], num_steps: int, budget: int, most: int | None) -> None:
+def test_batches_keep_their_budget_and_lose_nothing(
+    lengths: list[int], num_steps: int, budget: int, most: int | None
+) -> None:
     batches = plan_batches(lengths, num_steps, budget, most)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -248,5 +255,7 @@ def _shared_model() -> GIRCSE:
     if not _MODELS:
         from tempfile import mkdtemp
 
-        _MODELS.append(GIRCSE.from_backbone(str(tiny_backbone(Path(mkdtemp()))), num_steps=3, max_seq_length=48, device="cpu"))
+        _MODELS.append(
+            GIRCSE.from_backbone(str(tiny_backbone(Path(mkdtemp()))), num_steps=3, max_seq_length=48, device="cpu")
+        )
     return _MODELS[0]

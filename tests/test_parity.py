@@ -1,4 +1,4 @@
-"""The refinement loop against the plain loop that sends the whole sequence through the Hugging Face model every step."""
+"""The refinement loop against a plain loop that sends the whole sequence through the Hugging Face model each step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_states_equal_the_recompute_loop(family: str, side: str) -> None:
         for row in range(len(LENGTHS)):
             expected = plain_states(model, ids[row][mask[row].bool()], STEPS, 0.7)
             assert relative_error(states[row], expected) <= 1e-4
-            assert relative_error(states[row, -1], states[row, 0]) > 1e-2, "the steps must not all be the prompt's state"
+            assert relative_error(states[row, -1], states[row, 0]) > 1e-2, (
+                "the steps must not all be the prompt's state"
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Recipes are checked, data is drawn as they say, and a killed run goes on where it stood. Tiny models, real trainer."""
+"""Recipes are checked, data is drawn as they say, a stopped run goes on where it stood. Tiny models, real trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from gircse.train.recipe import Recipe, load_recipe
 from gircse.train.run import train
 
 ROWS = [
-    {"task": task, "instruction": f"do {task}", "query": f"query {i}", "pos": [f"pos {i}"], "neg": [f"neg {i}", f"bad {i}"]}
+    {
+        "task": task,
+        "instruction": f"do {task}",
+        "query": f"query {i}",
+        "pos": [f"pos {i}"],
+        "neg": [f"neg {i}", f"bad {i}"],
+    }
     for task in ("a", "b")
     for i in range(24)
 ]
@@ -42,7 +48,14 @@ def values(folder: Path, backbone: Path) -> dict[str, Any]:
             "max_seq_length": 30,
             "sources": [
                 {"file": "rows", "task": "a", "examples": 16, "negatives": 1, "symmetric": True, "licence": "x"},
-                {"file": "rows", "task": "b", "examples": 8, "negatives": 2, "in_batch_negatives": False, "licence": "x"},
+                {
+                    "file": "rows",
+                    "task": "b",
+                    "examples": 8,
+                    "negatives": 2,
+                    "in_batch_negatives": False,
+                    "licence": "x",
+                },
             ],
         },
         "training": {"batch_size": 4, "learning_rate": 0.01, "warmup_steps": 1, "save_every": 2, "log_every": 1},
@@ -81,7 +94,9 @@ def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: 
         ({"data": None}, "data"),
     ],
 )
-def test_wrong_recipes_are_refused_with_the_key(folder: Path, backbone: Path, change: dict[str, Any], message: str) -> None:
+def test_wrong_recipes_are_refused_with_the_key(
+    folder: Path, backbone: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(GircseError) as error:
         load_recipe(write(folder, values(folder, backbone) | change))
     assert message in str(error.value)
@@ -123,7 +138,7 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     with pytest.raises(GircseError, match="24 rows of a have 1 negatives, the recipe asks for 500"):
         load_training_data(load_recipe(write(folder, content)))
     content["data"]["sources"][0]["file"] = "nowhere"
-    with pytest.raises(GircseError, match="nowhere.jsonl"):
+    with pytest.raises(GircseError, match=r"nowhere\.jsonl"):
         load_training_data(load_recipe(write(folder, content)))
 
 

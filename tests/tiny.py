@@ -48,7 +48,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         tf.Gemma3TextConfig, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
     "granite-multipliers": _config(
-        tf.GraniteConfig, embedding_multiplier=3.0, logits_scaling=2.5, residual_multiplier=0.7, attention_multiplier=0.3
+        tf.GraniteConfig,
+        embedding_multiplier=3.0,
+        logits_scaling=2.5,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
     ),
     "cohere-scaled-logits": _config(tf.CohereConfig, logit_scale=0.25),
     "olmo2": _config(tf.Olmo2Config),
@@ -56,9 +60,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "phi3": _config(tf.Phi3Config, sliding_window=None),
     "gpt-neox": _config(tf.GPTNeoXConfig, use_parallel_residual=True),
     "gpt2-learned-positions": lambda: tf.GPT2Config(
-        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
-    ),  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 

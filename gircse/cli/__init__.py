@@ -63,7 +63,7 @@ def _gircse(
 
 
 def main() -> None:
-    """Run the command line: a `GircseError` becomes one line on stderr and its exit code; ``--debug`` shows the traceback."""
+    """Run the command line: an error becomes one line on stderr and an exit code; ``--debug`` shows the traceback."""
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")

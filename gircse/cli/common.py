@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gircse.errors import UsageError
 
@@ -61,9 +65,11 @@ def load_model(
 
     Raises:
         UsageError: Both a model and a backbone are named.
+        GircseError: The model or its backbone is not to be had.
     """
     if model is not None and backbone is not None:
         raise UsageError("give either --model (a saved model) or --backbone (an untrained one), not both")
+    prepare_backbone(backbone or backbone_of(model))
     with stderr.status("loading the model"):
         import torch
 
@@ -77,3 +83,33 @@ def load_model(
     if num_steps is not None:
         loaded.num_steps = num_steps
     return loaded
+
+
+def backbone_of(model: str | None) -> str | None:
+    """The backbone that a saved model in a local folder names; None where it has all weights, or is on the hub."""
+    folder = Path(model) if model else files("gircse") / "pretrained" / "smollm2-135m"
+    config = folder / "gircse_config.json"
+    if not config.is_file():
+        return None
+    values = json.loads(config.read_text(encoding="utf-8"))
+    return None if values.get("weights") == "full" else values.get("backbone", {}).get("name")
+
+
+def prepare_backbone(name: str | None) -> None:
+    """Fetch and convert a backbone that is not in the cache yet, with a progress bar and its terms of use."""
+    from gircse.backbones import cached_backbones, known_backbones, resolve_backbone
+
+    if name not in known_backbones() or name in cached_backbones():
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+                if not stderr.is_terminal:
+                    stderr.print(what, highlight=False)
+            bar.update(tasks[what], completed=done, total=total)
+
+        resolve_backbone(name, progress=show, notify=lambda terms: stderr.print(terms, highlight=False))

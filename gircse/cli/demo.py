@@ -56,8 +56,9 @@ def demo(
     seconds = time.perf_counter() - started
     facts |= {"seconds": seconds, "texts_per_second": len(corpus) / seconds}
     console.print(
-        f"{len(corpus)} sentences of Wikinews, Wikibooks and Wikivoyage (SIB-200 / FLORES, CC BY-SA 4.0) in {seconds:.0f} s: "
-        f"{len(corpus) / seconds:.0f} texts/s, {documents.shape[-1]} dimensions, after every one of {max(STEPS)} steps at once.\n"
+        f"{len(corpus)} sentences of Wikinews, Wikibooks and Wikivoyage (SIB-200 / FLORES, CC BY-SA 4.0) "
+        f"in {seconds:.0f} s: {len(corpus) / seconds:.0f} texts/s, {documents.shape[-1]} dimensions, "
+        f"the embeddings after each of {max(STEPS)} steps at once.\n"
     )
 
     console.rule("[bold]2  Five questions, and what more steps change")
@@ -121,9 +122,11 @@ def _ask(
 
 
 def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) -> dict[str, dict[str, float]]:
-    """Embed a multilingual part of the corpus under two instructions and count whose nearest neighbour is alike in what."""
+    """Embed the multilingual part under two instructions; count whose nearest neighbour is alike in what."""
     foreign = [passage for passage in corpus if passage["language"] != "English"]
-    table = Table("instruction", *(f"nearest neighbour of the same {facet}" for facet in FACETS), box=None, pad_edge=False)
+    table = Table(
+        "instruction", *(f"nearest neighbour of the same {facet}" for facet in FACETS), box=None, pad_edge=False
+    )
     shares: dict[str, dict[str, float]] = {}
     for facet, instruction in FACETS.items():
         vectors = model.encode_query([passage["text"] for passage in foreign], instruction=instruction)

@@ -12,7 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from gircse.cli.common import (
-    DebugOption, DeviceOption, DtypeOption, InstructionOption, JsonOption, ModelOption, NumStepsOption, load_model
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    InstructionOption,
+    JsonOption,
+    ModelOption,
+    NumStepsOption,
+    load_model,
 )  # fmt: skip
 from gircse.errors import UsageError
 
@@ -55,7 +62,9 @@ def explain(
 
 def soft_token_table(steps: list[SoftTokenContent]) -> Table:
     """A row a soft token: its tokens with weights, its entropy, and how far it moved the embedding."""
-    table = Table("step", "made of", "entropy (nats)", "moved the vector by", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        "step", "made of", "entropy (nats)", "moved the vector by", box=None, pad_edge=False, header_style="bold"
+    )
     for step in steps:
         content = "  ".join(
             f"{escape(show_token(token))} [dim]{weight:.2f}[/]"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +18,7 @@ _PACKAGES = ("gircse", "torch", "transformers", "sentence-transformers", "peft",
 
 def info(
     model: ModelOption = None,
-    no_model: bool = False,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Do not load the model.")] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -37,7 +38,9 @@ def info(
         return
     console = Console()
     for title, section in facts.items():
-        table = Table(show_header=False, box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        table = Table(
+            show_header=False, box=None, pad_edge=False, title=title, title_justify="left", title_style="bold"
+        )
         for key, value in section.items():
             table.add_row(f"{key}  ", str(value))
         console.print(table, "")
@@ -62,7 +65,7 @@ def _hardware() -> dict[str, str]:
     return {
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),
-        "dtype": "float32 (exact on every device; --dtype bfloat16 halves memory and is faster where the hardware has it)",
+        "dtype": "float32, exact on every device; --dtype bfloat16 halves memory and is faster on hardware that has it",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
     }
 

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from gircse.cli.common import (
-    DebugOption, DeviceOption, DtypeOption, InstructionOption, JsonOption, ModelOption, NumStepsOption, load_model
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    InstructionOption,
+    JsonOption,
+    ModelOption,
+    NumStepsOption,
+    load_model,
 )  # fmt: skip
 from gircse.errors import UsageError
 

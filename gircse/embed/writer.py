@@ -84,7 +84,7 @@ def is_complete(output: Path) -> bool:
 def remove_leftovers(output: Path) -> None:
     """Finish the tidying of a run that was killed after its output was whole."""
     folder = parts_folder(output)
-    if not _job_file(output).exists() and ((folder / _DONE).exists() or (folder / _LOCK).exists()):
+    if folder.is_dir() and not _job_file(output).exists() and not _holds_other_files(folder):
         with ShardFolder(output, {}):
             pass
 
@@ -148,7 +148,7 @@ class ShardFolder:
 
     def _begin(self) -> None:
         job_file = _job_file(self.output)
-        if not job_file.exists() and not self._done_file.exists() and any(self.folder.glob("part-*")):
+        if not job_file.exists() and _holds_other_files(self.folder):
             raise UsageError(f"{self.folder} holds files of something else; move it away")
         if job_file.exists() and not self.restart:
             try:
@@ -341,6 +341,12 @@ def _job_file(output: Path) -> Path:
     return parts_folder(output) / _JOB
 
 
+def _holds_other_files(folder: Path) -> bool:
+    # Without a job, what may lie there is what is left of a finished one, or of one that was killed as it began.
+    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - {_LOCK}
+    return bool(names) and _DONE not in names
+
+
 def _output_format(output: Path) -> str:
     suffix = output.suffix.lower().removeprefix(".")
     if suffix not in OUTPUT_FORMATS:
@@ -354,4 +360,4 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 def _brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:40] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -34,7 +34,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputDataError(str(path), number, f"not JSON ({error.msg}); one object a line is expected") from None
+                raise InputDataError(
+                    str(path), number, f"not JSON ({error.msg}); one object a line is expected"
+                ) from None
             if not isinstance(row, dict):
                 raise InputDataError(str(path), number, "not a JSON object; one object a line is expected")
             for key, kind in (("task", str), ("instruction", str), ("query", str), ("pos", list)):
@@ -81,13 +83,15 @@ def load_training_data(recipe: Recipe) -> DatasetDict:
             usable = [row for row in rows[source.task] if len(row["neg"]) >= source.negatives]
             if len(usable) < source.examples:
                 raise GircseError(
-                    f"{path}: {len(usable)} rows of {source.task} have {source.negatives} negatives, the recipe asks for "
-                    f"{source.examples}; lower examples or negatives"
+                    f"{path}: {len(usable)} rows of {source.task} have {source.negatives} negatives, "
+                    f"the recipe asks for {source.examples}; lower examples or negatives"
                 )
             # A generator of the source's own: adding a source does not change the rows of the others.
             generator = random.Random(f"{recipe.seed}/{source.file}/{source.task}")
             drawn = generator.sample(usable, source.examples)
-            datasets[f"{source.file}/{source.task}"] = Dataset.from_list([_columns(row, source, generator) for row in drawn])
+            datasets[f"{source.file}/{source.task}"] = Dataset.from_list(
+                [_columns(row, source, generator) for row in drawn]
+            )
     return DatasetDict(datasets)
 
 

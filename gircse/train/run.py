@@ -157,8 +157,8 @@ class _StepLosses(TrainerCallback):
                 loss.last_step_losses = []
         if self.sums and self.sums[-1] != self.sums[-1]:
             raise GircseError(
-                f"the loss at step {state.global_step} is not a number; lower the learning rate and go on with --resume "
-                "from the last checkpoint"
+                f"the loss at step {state.global_step} is not a number; "
+                "lower the learning rate and go on from the last checkpoint with --resume"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

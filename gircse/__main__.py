@@ -1,0 +1,7 @@
+"""`python -m gircse`."""
+
+from __future__ import annotations
+
+from gircse.cli import main
+
+main()

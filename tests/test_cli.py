@@ -1,0 +1,136 @@
+"""The verbs as people call them: results on stdout, errors in a line, exit codes. `embed` has its own file."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+import gircse.cli
+from gircse.model import GIRCSE
+
+
+@pytest.fixture(scope="module")
+def saved(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=60, lora=lora, device="cpu").save_pretrained(
+        str(folder)
+    )
+    return str(folder)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["gircse", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        gircse.cli.main()
+    captured = capsys.readouterr()
+    code = stop.value.code
+    return (code if isinstance(code, int) else 0 if code is None else 1), captured.out, captured.err
+
+
+def test_similarity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    code, out, _ = run(monkeypatch, capsys, "similarity", "a cat", "a cat", "--model", saved)
+    assert (code, out) == (0, "1.0000\n")
+    scores = []
+    for options in ([], ["--instruction", "find"], ["--num-steps", "0"]):
+        code, out, _ = run(monkeypatch, capsys, "similarity", "a cat", "dogs!", "--model", saved, "--json", *options)
+        facts = json.loads(out)
+        assert code == 0
+        assert facts["num_steps"] == (0 if "--num-steps" in options else 3)
+        scores.append(facts["similarity"])
+    assert len({round(score, 5) for score in scores}) == 3, "every option changes the result"
+    model = GIRCSE(saved, device="cpu")
+    a, b = model.encode(["a cat", "dogs!"], prompt="")
+    assert scores[0] == pytest.approx(float(model.similarity(a, b)), abs=1e-5)
+
+
+def test_explain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str, backbone: Path
+) -> None:
+    code, out, _ = run(
+        monkeypatch, capsys, "explain", "a cat", "--model", saved, "--json", "--top", "2", "--num-steps", "4"
+    )
+    steps = json.loads(out)["steps"]
+    assert code == 0
+    assert [len(step["tokens"]) for step in steps] == [2] * 4
+    code, table, _ = run(monkeypatch, capsys, "explain", "a cat", "--model", saved)
+    assert code == 0
+    assert re.search(r"^1\s", table, re.MULTILINE)
+    assert re.search(r"^3\s", table, re.MULTILINE)
+    _, untrained, _ = run(
+        monkeypatch, capsys, "explain", "a cat", "--backbone", str(backbone), "--json", "--num-steps", "4"
+    )
+    assert json.loads(untrained)["steps"] != steps
+
+
+def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    code, out, _ = run(monkeypatch, capsys, "info", "--model", saved, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["model"]["num_steps"] == 3
+    assert facts["versions"]["torch"]
+    assert "smollm2-135m" in facts["backbones"]
+    _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
+    assert "model" not in json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["similarity", "", "b"], 2, "text A is empty"),
+        (["explain", " "], 2, "the text is empty"),
+        (["explain", "x", "--model", "a", "--backbone", "b"], 2, "not both"),
+        (["similarity", "a", "b", "--model", "SAVED", "--instruction", "x" * 80], 2, "the instruction alone takes"),
+        (["similarity", "a", "b", "--model", "/nowhere/at/all"], 1, "nowhere"),
+        (["explain", "x", "--backbone", "no-such-backbone"], 1, "no-such-backbone"),
+        (["train", "nowhere.yaml", "-o", "x"], 1, "nowhere.yaml"),
+        (["similarity", "a"], 2, "B"),
+        (["similarity", "a", "b", "--num-steps", "-1"], 2, "num-steps"),
+    ],
+)
+def test_errors_are_a_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    saved: str,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    arguments = [saved if argument == "SAVED" else argument for argument in arguments]
+    got, out, err = run(monkeypatch, capsys, *arguments)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_is_quick_and_every_verb_has_examples() -> None:
+    script = "import sys, gircse.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0, "help must not wait for torch"
+    for command in gircse.cli.app.registered_commands:
+        assert command.callback is not None
+        assert "[bold]Examples[/bold]" in (command.callback.__doc__ or "")
+    helped = subprocess.run([sys.executable, "-m", "gircse", "--help"], capture_output=True, text=True, check=False)
+    assert helped.returncode == 0
+    for verb in ("demo", "embed", "similarity", "explain", "train", "info"):
+        assert verb in helped.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_demo_tells_what_it_computed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(monkeypatch, capsys, "demo", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["passages"] >= 300
+    assert len(facts["questions"]) == 5
+    assert sum(question["ranks"]["5"] <= 3 for question in facts["questions"]) >= 3, "the shipped model finds answers"
+    topic, language = facts["facets"]["topic"], facts["facets"]["language"]
+    assert language["language"] > topic["language"], "an instruction steers what a neighbour is"
+    for text in ("coldest place", "soft tokens", "gircse embed"):
+        assert text in err
