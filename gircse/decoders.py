@@ -33,14 +33,14 @@ class Decoder:
         transformer: The layers with the final norm: input embeddings -> last hidden states.
         vocabulary: LM head and embedding table.
         max_positions: Longest sequence (prompt and soft tokens) that the position encoding admits.
-        counts_columns: Whether attention depends on how many columns apart two tokens stand (sliding windows, chunks)
-            and not on their position ids alone; padding must then not stand between tokens.
+        window: Columns that attention reaches back over (sliding windows, chunks), where the family limits it. It is
+            counted in columns, not in position ids: padding must not stand between tokens that are further apart.
     """
 
     transformer: nn.Module
     vocabulary: Vocabulary
     max_positions: int
-    counts_columns: bool = False
+    window: int | None = None
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> Decoder:
@@ -74,12 +74,12 @@ class Decoder:
             logit_cap=getattr(config, "final_logit_softcapping", None),
             embedding_scale=float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))),
         )
-        windowed = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         return cls(
             transformer,
             vocabulary,
             max_positions=int(getattr(config, "max_position_embeddings", 0) or 2**31 - 1),
-            counts_columns=any(window is not None for window in windowed),
+            window=min((int(window) for window in windows if window is not None), default=None),
         )
 
 

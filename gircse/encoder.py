@@ -15,6 +15,7 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
@@ -295,6 +296,9 @@ class GenerativeEncoder(InputModule):
         """
         if not safe_serialization:
             raise UsageError("weights are saved as safetensors only; leave safe_serialization at its default")
+        if self.has_adapter:
+            for config in self.backbone.peft_config.values():  # where it lay on this machine is nobody else's business
+                config.base_model_name_or_path = self.reference.name
         if self.get_config_dict()["weights"] != "backbone":
             self.backbone.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
@@ -353,7 +357,13 @@ class GenerativeEncoder(InputModule):
 def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
     """A causal LM from a local folder, in float32 unless `options` names a dtype."""
     options.setdefault("dtype", torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # a bar over a second's work, which no argument switches off
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _verified_backbone(place: str, reference: BackboneReference) -> Path:

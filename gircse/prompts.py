@@ -44,7 +44,7 @@ def plan_prompts(
         attention_mask: (B, N) of 0 and 1.
         tokens: Padded tokens of a group; None makes one group of all rows in their order, without a prefix.
         share_prefix: Whether rows may share a prefix. It stands apart from the rest of a short row by that row's
-            padding, which a decoder that counts columns (sliding windows) would see.
+            padding, which a decoder with a sliding window shorter than the row would count.
 
     Returns:
         Groups that hold every row exactly once.

@@ -57,7 +57,8 @@ def refine(
             is on (it disables the cache that the loop lives on).
     """
     _check(decoder, attention_mask, num_steps, temperature)
-    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=not decoder.counts_columns)
+    fits = decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window
+    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits)
     order = [row for prompt in prompts for row in prompt.rows]
     prefixes: dict[tuple[int, ...], DynamicCache] = {}
     caches = [_start_cache(decoder, prompt, prefixes) for prompt in prompts]

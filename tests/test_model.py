@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
+from gircse.batches import plan_batches
 from gircse.errors import GircseError, UsageError
-from gircse.model import GIRCSE, plan_batches
+from gircse.model import GIRCSE
 from tests.tiny import tiny_backbone
 
 TEXTS = ["a", "the cat sat", "a much longer text, so that rows are padded", "", "the cat sat", "zz top"]

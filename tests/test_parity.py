@@ -75,7 +75,9 @@ def test_gradients_equal_the_recompute_loop(family: str) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, STEPS])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2-softcap", "gpt2-learned-positions"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mistral-sliding", "mistral-wide", "gemma2-softcap", "gpt2-learned-positions"]
+)
 def test_grouped_prompt_passes_and_a_shared_prefix_change_nothing(family: str, num_steps: int) -> None:
     ids, mask = random_batch([14, 9, 20, 12, 8, 17, 4, 1], side="right")
     ids[:6, :7] = ids[0, :7].clone()  # six rows begin alike: an instruction

@@ -39,6 +39,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": _config(tf.Qwen3Config, head_dim=8),
     # The window is shorter than the prompts, so that keys leave it during the soft tokens as well.
     "mistral-sliding": _config(tf.MistralConfig, sliding_window=5),
+    "mistral-wide": _config(tf.MistralConfig, sliding_window=40),
     "smollm3": _config(tf.SmolLM3Config, no_rope_layer_interval=2),
     "gemma": _config(tf.GemmaConfig, head_dim=8),
     "gemma2-softcap": _config(

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from gircse.batches import DEFAULT_BATCH_TOKENS
 from gircse.cli.common import (
     DebugOption,
     DeviceOption,
@@ -29,7 +30,7 @@ from gircse.cli.common import (
     load_model,
     stderr,
 )
-from gircse.embed import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_SIZE, InputFormat, Precision
+from gircse.embed import DEFAULT_SHARD_SIZE, InputFormat, Precision
 from gircse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -268,6 +269,6 @@ def _closing_words(summary: EmbedSummary, bad: BadRows, settings: EmbedSettings)
         took = timedelta(seconds=round(summary.seconds))
         yield f"{summary.output}: {what}{before}; {summary.tokens:,} tokens in {took}{speed}"
     if summary.truncated:
-        yield f"{summary.truncated:,} texts were cut to {settings.max_length} tokens; --max-length raises the limit"
+        yield f"texts cut to {settings.max_length} tokens: {summary.truncated:,}; --max-length raises the limit"
     if summary.skipped:
-        yield f"{summary.skipped:,} bad rows were left out: {bad}"
+        yield f"bad rows left out: {summary.skipped:,}; {bad}"

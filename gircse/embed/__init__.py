@@ -14,8 +14,5 @@ InputFormat = Literal["txt", "jsonl", "csv", "parquet"]
 Precision = Literal["float32", "float16", "int8", "binary"]
 """How a vector's values are stored; `gircse.embed.job.store_as` says how each is computed."""
 
-DEFAULT_BATCH_TOKENS = 4096
-"""Padded tokens of one batch, soft tokens included."""
-
 DEFAULT_SHARD_SIZE = 1024
 """Rows of one shard."""

@@ -17,7 +17,8 @@ from typing import Any, Literal, NoReturn, Protocol
 import numpy as np
 
 from gircse._version import __version__
-from gircse.embed import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_SIZE, Precision
+from gircse.batches import DEFAULT_BATCH_TOKENS, plan_batches
+from gircse.embed import DEFAULT_SHARD_SIZE, Precision
 from gircse.embed.reader import CorpusReader, Row
 from gircse.embed.writer import (
     Shard,
@@ -283,7 +284,7 @@ class _Run:
         lengths = [len(ids) for ids in tokenized.ids]
         vectors = np.empty((len(rows), self.dim), dtype=np.float32)
         done = self.texts
-        for batch in _batches(lengths, settings.num_steps, settings.batch_tokens):
+        for batch in plan_batches(lengths, settings.num_steps, settings.batch_tokens):
             vectors[batch] = self._embed_batch(rows, tokenized, batch)
             done += len(batch)
             self.tokens += sum(lengths[place] for place in batch)
@@ -370,15 +371,6 @@ def store_as(vectors: np.ndarray, precision: Precision) -> np.ndarray:
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=1) - 128).astype(np.int8)
     return vectors.astype(precision)
-
-
-def _batches(lengths: Sequence[int], num_steps: int, batch_tokens: int) -> Iterator[list[int]]:
-    # The model's own rule, longest first, applied here so that progress is seen after every batch.
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    while order:
-        room = max(1, batch_tokens // (lengths[order[0]] + num_steps))
-        yield order[:room]
-        order = order[room:]
 
 
 def _combined(checksums: Sequence[str]) -> str:

@@ -53,7 +53,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     if not resume and output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} holds an earlier run; continue it with --resume or choose another folder")
     torch.manual_seed(recipe.seed)  # LoRA's initial weights
-    # At τ = 0.02 most gradients of a batch are denormal numbers, which slow CPUs down by an order of magnitude.
+    # At τ = 0.02 the softmax of easy negatives, and so their gradients, underflow to denormal numbers, which CPUs
+    # compute slowly and which contribute nothing.
     torch.set_flush_denormal(True)
     data = load_training_data(recipe)
     model = make_model(recipe)

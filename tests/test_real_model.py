@@ -1,0 +1,73 @@
+"""The model that ships, over the real 135M backbone: a few paths from text to vector."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from gircse.cli.demo import load_corpus
+from gircse.model import GIRCSE, pretrained_path
+from gircse.refiner import pool_steps, recompute_states
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_same_text_same_vector(shipped: GIRCSE) -> None:
+    texts = [passage["text"] for passage in load_corpus()][:64]
+    prompt = shipped.format_instruction("Represent the topic")
+    together = shipped.encode(texts, prompt=prompt)
+    alone = np.stack([shipped.encode(text, prompt=prompt) for text in texts[::16]])
+    assert cosines(alone, together[::16]).min() >= 0.99999
+    assert cosines(shipped.encode(texts[::-1], prompt=prompt, batch_tokens=500)[::-1], together).min() >= 0.99999
+
+
+def test_it_equals_the_recompute_loop(shipped: GIRCSE) -> None:
+    texts = ["Lions live in prides.", "Which organ pumps blood through the body, and how often a minute?"]
+    features = shipped.preprocess(texts, prompt=shipped.prompts["query"])
+    with torch.no_grad():
+        states = recompute_states(
+            shipped.encoder.decoder, features["input_ids"], features["attention_mask"], num_steps=4
+        )
+    expected = pool_steps(states, shipped.encoder.refinement.pooling).numpy()
+    steps = shipped.encode_steps(texts, num_steps=4, prompt_name="query")
+    assert cosines(steps, expected).min() >= 0.99999
+    assert cosines(steps[:, 0], steps[:, 3]).max() < 0.9999
+
+
+def test_bfloat16_stays_close(shipped: GIRCSE) -> None:
+    """Promise 1: cosine of at least 0.999 between bfloat16 batches, whatever their size."""
+    model = GIRCSE(device="cpu", dtype=torch.bfloat16)
+    texts = [passage["text"] for passage in load_corpus()][:8]
+    together = model.encode(texts)
+    alone = np.stack([model.encode(text) for text in texts])
+    assert cosines(together, alone).min() >= 0.999
+    assert cosines(together, shipped.encode(texts)).min() >= 0.99
+
+
+def test_another_library_loads_it(shipped: GIRCSE) -> None:
+    theirs = SentenceTransformer(pretrained_path(), trust_remote_code=True, device="cpu")
+    texts = ["Lions live in prides.", "Rome lies on the Tiber."]
+    assert cosines(theirs.encode_query(texts), shipped.encode_query(texts)).min() >= 0.99999
+
+
+def test_the_checkpoint_says_where_it_comes_from() -> None:
+    folder = Path(pretrained_path())
+    config = json.loads((folder / "gircse_config.json").read_text())
+    assert config["backbone"]["name"] == "smollm2-135m"
+    assert config["weights"] == "adapter"
+    assert config["training"]["recipe"]["seed"] == 17
+    card = (folder / "README.md").read_text()
+    for source in config["training"]["recipe"]["data"]["sources"]:
+        assert source["file"] in card
+        assert source["licence"] in card
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size <= 25_000_000
