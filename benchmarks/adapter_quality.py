@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 
 from gircse.model import GIRCSE
@@ -55,9 +55,12 @@ def sts(encode: Encoder, folder: Path, limit: int | None, seed: int) -> list[tup
     gold = np.array([row["score"] for row in rows])
     cosine = (a * b).sum(-1)  # (rows, steps)
     draws = np.random.default_rng(seed).integers(0, len(rows), (500, len(rows)))
-    return [
-        (spearmanr(c, gold).statistic, np.array([spearmanr(c[d], gold[d]).statistic for d in draws])) for c in cosine.T
-    ]
+    return [(correlation(c, gold), np.array([correlation(c[d], gold[d]) for d in draws])) for c in cosine.T]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation."""
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
 
 def classification(

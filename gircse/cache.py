@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 
 def new_cache() -> DynamicCache:
@@ -35,9 +36,9 @@ def join_caches(caches: Sequence[DynamicCache], length: int) -> DynamicCache:
         return caches[0]
     joined = DynamicCache()
     for index in range(len(caches[0].layers)):
-        layers = [cache.layers[index] for cache in caches]
-        keys = torch.cat([_pad_left(layer.keys, length) for layer in layers])
-        values = torch.cat([_pad_left(layer.values, length) for layer in layers])
+        states = [_layer(cache, index) for cache in caches]
+        keys = torch.cat([_pad_left(keys, length) for keys, _ in states])
+        values = torch.cat([_pad_left(values, length) for _, values in states])
         joined.update(keys, values, index)
     return joined
 
@@ -45,13 +46,20 @@ def join_caches(caches: Sequence[DynamicCache], length: int) -> DynamicCache:
 def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     """A one-row cache for `rows` rows that begin with the same tokens. Shares memory until it grows; differentiable."""
     expanded = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None, "the prefix pass has filled it"
-        assert layer.values is not None
-        expanded.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+    for index in range(len(cache.layers)):
+        keys, values = _layer(cache, index)
+        expanded.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
     return expanded
 
 
-def _pad_left(states: Tensor | None, length: int) -> Tensor:
-    assert states is not None, "a cache is joined only after its prompt pass has filled it"
-    return F.pad(states, (0, 0, length - states.shape[2], 0))  # (B, heads, length, head_dim)
+def _layer(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, (B, heads, N, head_dim) each."""
+    layer = cache.layers[index]
+    assert isinstance(layer, DynamicLayer), f"layer {index} keeps no keys and values, but a {type(layer).__name__}"
+    assert layer.keys is not None, "a cache is read only after a prompt pass has filled it"
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def _pad_left(states: Tensor, length: int) -> Tensor:
+    return F.pad(states, (0, 0, length - states.shape[2], 0))

@@ -141,6 +141,7 @@ class GenerativeEncoder(InputModule):
     """
 
     config_file_name = "gircse_config.json"
+    tokenizer: PreTrainedTokenizerBase  # type: ignore[assignment]  # the base class also admits bare tokenizers
     forward_kwargs = frozenset({"num_steps"})  # type: ignore[assignment]  # a set that nobody can change by accident
 
     def __init__(
@@ -234,8 +235,8 @@ class GenerativeEncoder(InputModule):
     def _filler_token(self) -> int:
         """Stands in for a text without tokens, and pads (padding is masked, so its value does not matter)."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
-            if token is not None:
-                return int(token)
+            if isinstance(token, int):
+                return token
         return 0
 
     def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -376,16 +376,17 @@ class GIRCSE(SentenceTransformer):
         features = encoder.pad(self.tokenize_texts([text], prompt).ids)
         features = {name: value.to(self.device) for name, value in features.items()}
         temperature = encoder.refinement.temperature
-        states = refine(decoder, **features, num_steps=steps, temperature=temperature)[0]  # (K + 1, d)
+        ids, mask = features["input_ids"], features["attention_mask"]
+        states = refine(decoder, ids, mask, num_steps=steps, temperature=temperature)[0]  # (K + 1, d)
         probabilities = decoder.vocabulary.probabilities(states[:-1], temperature)  # (K, V)
-        weights, ids = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+        weights, heaviest = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
         entropies = torch.special.entr(probabilities).sum(dim=-1)
         pooled = torch.nn.functional.normalize(pool_steps(states[None], encoder.refinement.pooling)[0], dim=-1)
         moved = [None, *(1 - (pooled[:-1] * pooled[1:]).sum(dim=-1)).tolist()]
         return [
             SoftTokenContent(
                 step=step + 1,
-                tokens=[encoder.tokenizer.decode([token]) for token in ids[step].tolist()],
+                tokens=[str(encoder.tokenizer.decode([token])) for token in heaviest[step].tolist()],
                 weights=weights[step].tolist(),
                 entropy=float(entropies[step]),
                 movement=moved[step],
@@ -402,4 +403,4 @@ class GIRCSE(SentenceTransformer):
 
 def pretrained_path() -> str:
     """Folder of the model that ships with the package."""
-    return str(files("gircse") / "pretrained" / "smollm2-135m")
+    return str(Path(__file__).parent / "pretrained" / "smollm2-135m")

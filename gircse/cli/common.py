@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,7 +86,7 @@ def load_model(
 
 def backbone_of(model: str | None) -> str | None:
     """The backbone that a saved model in a local folder names; None where it has all weights, or is on the hub."""
-    folder = Path(model) if model else files("gircse") / "pretrained" / "smollm2-135m"
+    folder = Path(model) if model else Path(__file__).parents[1] / "pretrained" / "smollm2-135m"
     config = folder / "gircse_config.json"
     if not config.is_file():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -88,7 +88,7 @@ def demo(
 
 def load_corpus() -> list[dict[str, str]]:
     """The bundled passages: ``id``, ``text``, ``topic``, ``language``."""
-    text = (files("gircse") / "data" / "demo_corpus.jsonl").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "data" / "demo_corpus.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

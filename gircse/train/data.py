@@ -92,7 +92,9 @@ def load_training_data(recipe: Recipe) -> DatasetDict:
             datasets[f"{source.file}/{source.task}"] = Dataset.from_list(
                 [_columns(row, source, generator) for row in drawn]
             )
-    return DatasetDict(datasets)
+    result = DatasetDict()
+    result.update(datasets)
+    return result
 
 
 def _columns(row: dict[str, Any], source: Source, generator: random.Random) -> dict[str, str]:

@@ -27,25 +27,25 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """What the vectors depend on; stored in the checkpoint."""
 
-    num_steps: int = Field(5, ge=0, description="K; 0 trains the encoder-only baseline")
+    num_steps: int = Field(default=5, ge=0, description="K; 0 trains the encoder-only baseline")
     pooling: Pooling = "mean"
-    temperature: float = Field(1.0, gt=0, description="soft-token temperature")
-    max_seq_length: int = Field(512, ge=1, description="longest prompt in tokens at inference")
+    temperature: float = Field(default=1.0, gt=0, description="soft-token temperature")
+    max_seq_length: int = Field(default=512, ge=1, description="longest prompt in tokens at inference")
 
 
 class LoraSection(_Section):
     """Low-rank layers on every linear layer but the head (the paper: r=16, alpha=64)."""
 
-    r: int = Field(16, ge=1)
-    alpha: int = Field(64, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class LossSection(_Section):
     """Iterative Contrastive Refinement."""
 
-    temperature: float = Field(0.02, gt=0)
-    refinement_weight: float = Field(1.0, ge=0, description="λ")
+    temperature: float = Field(default=0.02, gt=0)
+    refinement_weight: float = Field(default=1.0, ge=0, description="λ")
 
 
 class Source(_Section):
@@ -67,7 +67,7 @@ class Source(_Section):
     licence: str
     symmetric: bool = False
     in_batch_negatives: bool = True
-    negatives: int = Field(0, ge=0)
+    negatives: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _something_to_contrast(self) -> Source:
@@ -80,21 +80,23 @@ class DataSection(_Section):
     """Which rows, and how much of each text is read in training."""
 
     folder: Path
-    max_seq_length: int = Field(128, ge=8, description="tokens read of a text in training, instruction included")
+    max_seq_length: int = Field(
+        default=128, ge=8, description="tokens read of a text in training, instruction included"
+    )
     sources: list[Source] = Field(min_length=1)
 
 
 class TrainingSection(_Section):
     """The optimiser's settings."""
 
-    batch_size: int = Field(32, ge=2)
-    epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(20, ge=0)
+    batch_size: int = Field(default=32, ge=2)
+    epochs: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    max_grad_norm: float = Field(1.0, gt=0)
-    save_every: int = Field(50, ge=1, description="steps between checkpoints")
-    log_every: int = Field(5, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
+    log_every: int = Field(default=5, ge=1)
 
 
 class Recipe(_Section):
@@ -102,12 +104,12 @@ class Recipe(_Section):
 
     backbone: str
     seed: int = 0
-    query_instruction: str | None = Field(None, description="stored as the default instruction of queries")
-    model: ModelSection = Field(default_factory=ModelSection)
-    lora: LoraSection = Field(default_factory=LoraSection)
-    loss: LossSection = Field(default_factory=LossSection)
+    query_instruction: str | None = Field(default=None, description="stored as the default instruction of queries")
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    loss: LossSection = LossSection()
     data: DataSection
-    training: TrainingSection = Field(default_factory=TrainingSection)
+    training: TrainingSection = TrainingSection()
 
     def refinement(self) -> RefinementConfig:
         """The checkpoint's configuration."""
