@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,14 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     content["data"]["sources"][0]["file"] = "nowhere"
     with pytest.raises(GircseError, match=r"nowhere\.jsonl"):
         load_training_data(load_recipe(write(folder, content)))
+
+
+def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path) -> None:
+    verb = import_module("gircse.cli.train").train
+    verb(write(folder, values(folder, backbone)), folder / "out", num_steps=3, json_output=True)
+    logged = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert {"step_loss_1", "step_loss_2", "step_loss_3"} <= set(logged[0]), "--num-steps replaces the recipe's 2"
 
 
 @pytest.mark.slow

@@ -41,7 +41,13 @@ def train(
         overrides["data.folder"] = str(data)
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
-    model = run(load_recipe(recipe, overrides), output, resume=resume)
+
+    def log(entry: dict[str, float]) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    model = run(load_recipe(recipe, overrides), output, resume=resume, report=log)
     if json_output:
         print(json.dumps({"output": str(output), "num_steps": model.num_steps}))
     else:
