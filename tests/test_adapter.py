@@ -1,0 +1,75 @@
+"""LoRA folded into the weights, taken out again, switched off: the vectors must not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from gircse import GIRCSE
+from gircse.adapter import adapter_off, lora_layers
+
+TEXTS = ["a cat", "a much longer text about dogs and cats", "x"]
+
+
+@pytest.fixture
+def adapted(backbone: Path, tmp_path: Path) -> GIRCSE:
+    """A saved LoRA model with random layers, loaded for inference."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora, device="cpu").save_pretrained(str(tmp_path))
+    return GIRCSE(str(tmp_path), device="cpu")
+
+
+def weights(model: GIRCSE) -> list[torch.Tensor]:
+    return [layer.get_base_layer().weight.detach().clone() for layer in lora_layers(model.encoder.backbone)]
+
+
+def test_folded_vectors_equal_separate_ones(adapted: GIRCSE) -> None:
+    adapted.encoder.fold_adapter = False
+    separate, original = adapted.encode_steps(TEXTS), weights(adapted)
+    adapted.encoder.fold_adapter = True
+    folded = adapted.encode_steps(TEXTS)
+    assert all(layer.merged for layer in lora_layers(adapted.encoder.backbone))
+    assert not torch.equal(weights(adapted)[0], original[0])
+    torch.testing.assert_close(torch.tensor(folded), torch.tensor(separate), rtol=1e-4, atol=1e-5)
+    adapted.encoder.fold_adapter = False
+    adapted.encode(TEXTS)
+    for now, before in zip(weights(adapted), original, strict=True):
+        torch.testing.assert_close(now, before, rtol=1e-5, atol=1e-6)
+
+
+def test_training_takes_the_adapter_out(adapted: GIRCSE) -> None:
+    adapted.encode(TEXTS)
+    layers = lora_layers(adapted.encoder.backbone)
+    assert all(layer.merged for layer in layers)
+    parameter = layers[0].lora_A["default"].weight
+    parameter.requires_grad_(True)
+    features = adapted.encoder.preprocess(TEXTS)
+    adapted(features)["sentence_embedding"].sum().backward()
+    assert not any(layer.merged for layer in layers)
+    assert parameter.grad is not None
+    assert parameter.grad.abs().sum() > 0
+
+
+def test_a_16_bit_model_is_not_folded(adapted: GIRCSE) -> None:
+    adapted.to(torch.bfloat16)
+    adapted.encode(TEXTS)
+    assert not any(layer.merged for layer in lora_layers(adapted.encoder.backbone))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_switched_off_it_is_the_plain_backbone(adapted: GIRCSE, backbone: Path, fold: bool) -> None:
+    plain = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu").encode(TEXTS, convert_to_tensor=True)
+    adapted.encoder.fold_adapter = fold
+    before = adapted.encode(TEXTS, convert_to_tensor=True)
+    places = [layer.get_base_layer().weight.data_ptr() for layer in lora_layers(adapted.encoder.backbone)]
+    with adapter_off(adapted.encoder.backbone):
+        off = adapted.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(off, plain, rtol=0 if not fold else 1e-4, atol=0 if not fold else 1e-5)
+    assert not torch.allclose(before, plain, atol=1e-3)
+    torch.testing.assert_close(adapted.encode(TEXTS, convert_to_tensor=True), before, rtol=1e-4, atol=1e-5)
+    assert places == [layer.get_base_layer().weight.data_ptr() for layer in lora_layers(adapted.encoder.backbone)]
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
