@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from gircse._version import __version__
 
 if TYPE_CHECKING:
-    from gircse.losses import ICRLoss
+    from gircse.losses import CachedICRLoss, ICRLoss
     from gircse.model import GIRCSE
 
-__all__ = ["GIRCSE", "ICRLoss", "__version__"]
+__all__ = ["GIRCSE", "CachedICRLoss", "ICRLoss", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +19,8 @@ def __getattr__(name: str) -> Any:
         from gircse.model import GIRCSE
 
         return GIRCSE
-    if name == "ICRLoss":
-        from gircse.losses import ICRLoss
+    if name in ("CachedICRLoss", "ICRLoss"):
+        from gircse import losses
 
-        return ICRLoss
+        return getattr(losses, name)
     raise AttributeError(f"module 'gircse' has no attribute {name!r}")

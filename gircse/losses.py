@@ -5,11 +5,14 @@ Knows embeddings after every step and which candidates are false negatives; know
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,27 +35,36 @@ class ICRLoss(nn.Module):
         refinement_weight: λ >= 0, weight of the penalty; 0 leaves the stepwise loss alone.
         in_batch_negatives: Whether the other rows' positives and negatives are negatives too. False where rows of a
             batch share labels: then only a row's own negatives count, and every row needs at least one.
+        stepwise: A loss at every step; False is the paper's ablation with L_K alone, which knows no penalty.
+        false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
+            positive's by more than this; None keeps them. A row's positive always stays.
+        matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
+        gather_across_devices: Candidates of all processes, and step losses averaged over them: the gradients are
+            those of one process with the whole batch.
 
     References:
         - Let LLMs Speak Embedding Languages: https://arxiv.org/abs/2509.24291
         - InfoNCE: https://arxiv.org/abs/1807.03748
+        - Matryoshka Representation Learning: https://arxiv.org/abs/2205.13147
 
     Inputs:
-        +-------------------------------------------------+--------+
-        | Texts                                           | Labels |
-        +=================================================+========+
-        | (anchor, positive)                              | none   |
-        +-------------------------------------------------+--------+
-        | (anchor, positive, negative_1, ..., negative_n) | none   |
-        +-------------------------------------------------+--------+
+        +-------------------------------------------------+-----------------------------+
+        | Texts                                           | Labels                      |
+        +=================================================+=============================+
+        | (anchor, positive)                              | none, or a class of each row |
+        +-------------------------------------------------+-----------------------------+
+        | (anchor, positive, negative_1, ..., negative_n) | none, or a class of each row |
+        +-------------------------------------------------+-----------------------------+
 
-        A candidate with the same tokens as a row's positive, or as its anchor, is not a negative of that row.
+        A candidate with the same tokens as a row's positive, or as its anchor, is not a negative of that row, nor is
+        the positive of another row of the same class.
 
     Relations:
         - ``MultipleNegativesRankingLoss`` is the case of a single step (and keeps identical positives as negatives).
+        - `CachedICRLoss` is the same loss for batches that do not fit into memory.
 
     Raises:
-        UsageError: A temperature of 0 or less, a negative λ, or nothing to contrast with.
+        UsageError: A temperature of 0 or less, a negative λ, widths below 1, or nothing to contrast with.
 
     Example:
         >>> from gircse import GIRCSE, ICRLoss
@@ -70,16 +82,27 @@ class ICRLoss(nn.Module):
         temperature: float = 0.02,
         refinement_weight: float = 1.0,
         in_batch_negatives: bool = True,
+        *,
+        stepwise: bool = True,
+        false_negative_margin: float | None = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise UsageError(f"the loss temperature must be above 0, not {temperature}")
         if refinement_weight < 0:
             raise UsageError(f"refinement_weight must be 0 or more, not {refinement_weight}")
+        if matryoshka_dims is not None and (not matryoshka_dims or min(matryoshka_dims) < 1):
+            raise UsageError(f"matryoshka_dims must be widths of 1 or more, not {list(matryoshka_dims)}")
         self.model = model
         self.temperature = temperature
         self.refinement_weight = refinement_weight
         self.in_batch_negatives = in_batch_negatives
+        self.stepwise = stepwise
+        self.false_negative_margin = false_negative_margin
+        self.matryoshka_dims = None if matryoshka_dims is None else tuple(matryoshka_dims)
+        self.gather_across_devices = gather_across_devices
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
 
@@ -88,60 +111,102 @@ class ICRLoss(nn.Module):
 
         Args:
             sentence_features: One batch a column: anchor, positive, negatives.
-            labels: Ignored.
+            labels: A class of each row, (B,), where rows of the same class are no negatives of each other; or None.
 
         Returns:
             A scalar.
         """
-        columns = [dict(features) for features in sentence_features]
-        if len(columns) < 2:
-            raise UsageError("ICRLoss needs an anchor and a positive column, and optionally negatives")
-        ids = [_token_rows(column) for column in columns]
+        columns = _checked(sentence_features)
+        allowed = self.allowed_candidates(columns, labels)
         # All columns in one pass: the soft tokens of queries and passages are written together.
-        size = len(ids[0])
-        embeddings = list(self.model(join_columns(columns))["step_embeddings"].split(size))  # each (B, K, d)
-        allowed = self._allowed(ids).to(embeddings[0].device)  # (B, C)
-        losses = self.step_losses(embeddings, allowed)
-        self.last_step_losses = losses.detach().tolist()
-        return combine_steps(losses, self.refinement_weight)
+        embeddings = self.model(join_columns(columns))["step_embeddings"]  # (B · columns, K, d)
+        return self.contrast(embeddings, allowed)
 
-    def step_losses(self, embeddings: list[Tensor], allowed: Tensor) -> Tensor:
+    def contrast(self, embeddings: Tensor, allowed: Tensor) -> Tensor:
+        """The loss of embeddings.
+
+        Args:
+            embeddings: (B · columns, K, d): anchors, positives, then each column of negatives.
+            allowed: (B, C) bool as `allowed_candidates` gives it.
+
+        Returns:
+            A scalar.
+        """
+        size = len(allowed)
+        anchors, candidates = embeddings[:size], list(embeddings[size:].split(size))
+        if self.gather_across_devices:
+            candidates = [_gather(column) for column in candidates]
+        losses = self.step_losses(anchors, torch.cat(candidates), allowed.to(embeddings.device))
+        if self.gather_across_devices:
+            losses = _gather(losses.unsqueeze(0)).mean(dim=0)
+        self.last_step_losses = losses.detach().tolist()
+        return combine_steps(losses, self.refinement_weight) if self.stepwise else losses[-1]
+
+    def step_losses(self, anchors: Tensor, candidates: Tensor, allowed: Tensor) -> Tensor:
         """L_1..L_K.
 
         Args:
-            embeddings: (B, K, d) of anchors, positives and each column of negatives.
-            allowed: (B, C) bool, C = B · (columns − 1): which candidates stand in a row's softmax.
+            anchors: (B, K, d).
+            candidates: (C, K, d); those of this process's rows stand where `allowed_candidates` puts them.
+            allowed: (B, C) bool: which candidates stand in a row's softmax.
 
         Returns:
             (K,).
         """
-        anchors = F.normalize(embeddings[0].float(), dim=-1).transpose(0, 1)  # (K, B, d)
-        candidates = F.normalize(torch.cat(embeddings[1:]).float(), dim=-1).transpose(0, 1)  # (K, C, d)
-        scores = anchors @ candidates.transpose(1, 2) / self.temperature  # (K, B, C)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        targets = torch.arange(scores.shape[1], device=scores.device)
-        log_probabilities = scores.log_softmax(dim=-1)
-        return -log_probabilities[:, targets, targets].mean(dim=1)
+        targets = torch.arange(len(anchors), device=anchors.device) + self._first_row(len(anchors))
+        if self.false_negative_margin is not None:
+            with torch.no_grad():
+                cosines = _cosines(anchors[:, -1:], candidates[:, -1:])[0]  # (B, C)
+                own = cosines.gather(1, targets.unsqueeze(1))
+                allowed = allowed & (cosines <= own + self.false_negative_margin)
+                allowed.scatter_(1, targets.unsqueeze(1), True)
+        widths = self.matryoshka_dims or (anchors.shape[-1],)
+        losses = []
+        for width in widths:
+            scores = _cosines(anchors[..., :width], candidates[..., :width]) / self.temperature  # (K, B, C)
+            log_probabilities = scores.masked_fill(~allowed, float("-inf")).log_softmax(dim=-1)
+            rows = torch.arange(len(anchors), device=anchors.device)
+            losses.append(-log_probabilities[:, rows, targets].mean(dim=1))
+        return torch.stack(losses).mean(dim=0)
 
-    def _allowed(self, ids: list[list[tuple[int, ...]]]) -> Tensor:
-        """Which candidates stand in a row's softmax: its positive, and what is not a false negative. (B, C) bool."""
-        anchors, positives = ids[0], ids[1]
-        size = len(anchors)
-        candidates = [row for column in ids[1:] for row in column]
+    @torch.no_grad()
+    def allowed_candidates(self, columns: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Which candidates stand in a row's softmax: its positive, and what is not a false negative.
+
+        Args:
+            columns: Token ids and masks of anchors, positives and each column of negatives, B rows each.
+            labels: (B,) classes, or None.
+
+        Returns:
+            (B, C) bool. C is B · (columns − 1), or with `gather_across_devices` that times the number of processes;
+            candidates are ordered by column, then by process, then by row.
+        """
+        # Compared as hashes of token ids: what the model cannot tell apart is no negative, and numbers can be gathered.
+        keys = [_row_keys(column) for column in columns]
+        anchors, positives, size = keys[0], keys[1], len(keys[0])
+        first = self._first_row(size)
+        rows = torch.arange(size, device=anchors.device)
+        gather = all_gather if self.gather_across_devices else (lambda tensor: tensor)
+        candidates = [gather(column) for column in keys[1:]]
+        total = len(candidates[0])
+        same_row = torch.zeros(size, total, dtype=torch.bool, device=anchors.device)
+        same_row[rows, rows + first] = True
         if self.in_batch_negatives:
-            allowed = torch.ones(size, len(candidates), dtype=torch.bool)
+            allowed = torch.ones_like(same_row).repeat(1, len(candidates))
+        elif len(columns) < 3:
+            raise UsageError("without in-batch negatives every row needs a negative; add a column of negatives")
         else:
-            if len(ids) < 3:
-                raise UsageError("without in-batch negatives every row needs a negative; add a column of negatives")
-            own = torch.eye(size, dtype=torch.bool)
-            allowed = torch.cat([own] * (len(ids) - 1), dim=1)
-        # Compared as token ids: what the model cannot tell apart is no negative.
-        same_positive = torch.tensor([[candidate == mine for candidate in candidates] for mine in positives])
-        same_anchor = torch.tensor([[candidate == mine for candidate in candidates] for mine in anchors])
-        allowed &= ~(same_positive | same_anchor)
-        rows = torch.arange(size)
-        allowed[rows, rows] = True
+            allowed = same_row.repeat(1, len(candidates))
+        found = torch.cat(candidates)
+        allowed &= (found != positives.unsqueeze(1)) & (found != anchors.unsqueeze(1))
+        if labels is not None and labels.dim() == 1 and labels.numel() == size:
+            allowed[:, :total] &= gather(labels.contiguous()) != labels.unsqueeze(1)
+        allowed[rows, rows + first] = True
         return allowed
+
+    def _first_row(self, size: int) -> int:
+        """Where this process's rows begin among the gathered ones."""
+        return get_rank() * size if self.gather_across_devices else 0
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -149,6 +214,10 @@ class ICRLoss(nn.Module):
             "temperature": self.temperature,
             "refinement_weight": self.refinement_weight,
             "in_batch_negatives": self.in_batch_negatives,
+            "stepwise": self.stepwise,
+            "false_negative_margin": self.false_negative_margin,
+            "matryoshka_dims": self.matryoshka_dims,
+            "gather_across_devices": self.gather_across_devices,
         }
 
     @property
@@ -161,6 +230,75 @@ class ICRLoss(nn.Module):
     year={2025}
 }
 """
+
+
+class CachedICRLoss(CachedLossMixin, ICRLoss):
+    """`ICRLoss` at the memory of a micro-batch, whatever the batch: gradients are cached (GradCache).
+
+    The batch is embedded without a graph, the loss is differentiated down to the embeddings of all K steps, and each
+    micro-batch is embedded again with a graph, the same random numbers (dropout) replayed. The gradients are those of
+    `ICRLoss`, at the price of a second forward pass.
+
+    Args:
+        model: As in `ICRLoss`.
+        mini_batch_size: Texts embedded at a time, anchors and passages alike.
+        show_progress_bar: Of the micro-batches.
+        **options: As in `ICRLoss`.
+
+    References:
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup: https://arxiv.org/abs/2101.06983
+
+    Raises:
+        UsageError: As `ICRLoss`, and a micro-batch below 1.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, *, mini_batch_size: int = 32, show_progress_bar: bool = False, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        if mini_batch_size < 1:
+            raise UsageError(f"mini_batch_size must be 1 or more, not {mini_batch_size}")
+        self.mini_batch_size = mini_batch_size
+        self.show_progress_bar = show_progress_bar
+        self._allowed: Tensor | None = None
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch; its ``backward`` embeds the micro-batches again. Arguments as in `ICRLoss.forward`."""
+        columns = _checked(sentence_features)
+        self._allowed = self.allowed_candidates(columns, labels)
+        # One joined column: a micro-batch may hold anchors and passages, and shares their decode.
+        return self.forward_cached([join_columns(columns)])
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Tensor],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """The embeddings after every step, (end − begin, K, d), of a micro-batch."""
+        part = {key: value[begin:end] for key, value in sentence_feature.items()}
+        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+            state = RandContext(*part.values()) if copy_random_state else None
+            embeddings = self.model(part)["step_embeddings"]
+        return embeddings, state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the whole batch from its micro-batches' embeddings; see `CachedLossMixin`."""
+        assert self._allowed is not None, "forward sets the candidates before any embedding"
+        loss = self.contrast(torch.cat(reps[0]), self._allowed)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
 
 def combine_steps(losses: Tensor, refinement_weight: float) -> Tensor:
@@ -196,7 +334,32 @@ def join_columns(columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _token_rows(features: dict[str, Tensor]) -> list[tuple[int, ...]]:
-    """The token ids of every row without padding, so that texts compare equal whatever their batch."""
+def _checked(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    columns = [dict(features) for features in sentence_features]
+    if len(columns) < 2:
+        raise UsageError("ICRLoss needs an anchor and a positive column, and optionally negatives")
+    return columns
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """The tensors of all processes along the first dimension; gradients flow back to each."""
+    gathered = all_gather_with_grad(tensor)
+    if gathered.requires_grad:
+        # gloo's backward writes into buffers with the strides of the incoming gradient as if they were contiguous.
+        gathered.register_hook(lambda gradient: gradient.contiguous())
+    return gathered
+
+
+def _cosines(anchors: Tensor, candidates: Tensor) -> Tensor:
+    """Cosine similarities at every step: (B, K, d) and (C, K, d) to (K, B, C)."""
+    a = F.normalize(anchors.float(), dim=-1).transpose(0, 1)
+    c = F.normalize(candidates.float(), dim=-1).transpose(0, 1)
+    return a @ c.transpose(1, 2)
+
+
+def _row_keys(features: dict[str, Tensor]) -> Tensor:
+    """A number for every row, (B,) int64, equal for equal token ids whatever the padding."""
     ids, mask = features["input_ids"].tolist(), features["attention_mask"].tolist()
-    return [tuple(t for t, keep in zip(row, kept, strict=True) if keep) for row, kept in zip(ids, mask, strict=True)]
+    rows = (tuple(t for t, keep in zip(row, kept, strict=True) if keep) for row, kept in zip(ids, mask, strict=True))
+    # Python's hash of integers does not depend on the process.
+    return torch.tensor([hash(row) for row in rows], dtype=torch.int64, device=features["input_ids"].device)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.nn import functional as F
 
 from gircse.errors import UsageError
-from gircse.losses import ICRLoss, combine_steps
+from gircse.losses import CachedICRLoss, ICRLoss, combine_steps, join_columns
 from gircse.model import GIRCSE
 
 ANCHORS = ["who wrote it", "what is a cat", "where is rome"]
@@ -121,3 +127,104 @@ def test_zero_steps_is_plain_info_nce(model: GIRCSE) -> None:
 def test_wrong_settings_are_refused(model: GIRCSE, wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         ICRLoss(model, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_last_step_alone(model: GIRCSE) -> None:
+    """The paper's ablation: neither the earlier steps nor the penalty count."""
+    loss = ICRLoss(model, 0.5, refinement_weight=9.0, stepwise=False)
+    with torch.no_grad():
+        assert float(loss(columns(model, ANCHORS, POSITIVES))) == pytest.approx(loss.last_step_losses[-1])
+
+
+def test_rows_of_a_class_are_no_negatives_of_each_other(model: GIRCSE) -> None:
+    keep = [[0, 2, 3, 4, 5], [1, 2, 3, 4, 5], [2, 0, 1, 3, 4, 5]]  # hard negatives have no class and stay
+    expected, _ = by_hand(model, [ANCHORS, POSITIVES, NEGATIVES], 0.5, 1.0, keep)
+    with torch.no_grad():
+        batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
+        assert float(ICRLoss(model, 0.5)(batch, torch.tensor([7, 7, 8]))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_too_similar_negatives_are_left_out(model: GIRCSE) -> None:
+    texts = [ANCHORS, POSITIVES, NEGATIVES]
+    last = [F.normalize(torch.tensor(model.encode_steps(column))[:, -1], dim=1) for column in texts]
+    cosines = last[0] @ torch.cat(last[1:]).T  # (3, 6)
+    margin = 0.05
+    keep = [
+        [row, *(j for j in range(6) if j != row and cosines[row, j] <= cosines[row, row] + margin)] for row in range(3)
+    ]
+    assert any(len(indices) < 6 for indices in keep), "the case must leave something out"
+    expected, _ = by_hand(model, texts, 0.5, 1.0, keep)
+    with torch.no_grad():
+        loss = ICRLoss(model, 0.5, false_negative_margin=margin)
+        assert float(loss(columns(model, *texts))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_matryoshka_averages_over_widths(model: GIRCSE) -> None:
+    batch = columns(model, ANCHORS, POSITIVES)
+    with torch.no_grad():
+        parts = []
+        for width in (8, 32):
+            whole = ICRLoss(model, 0.5, matryoshka_dims=[width])
+            whole(batch)
+            parts.append(torch.tensor(whole.last_step_losses))
+        both = ICRLoss(model, 0.5, matryoshka_dims=[8, 32])
+        both(batch)
+    assert both.last_step_losses == pytest.approx(((parts[0] + parts[1]) / 2).tolist(), rel=1e-5)
+    assert not torch.allclose(parts[0], parts[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mini_batch", [1, 4, 9])
+def test_cached_gradients_equal_plain_ones(backbone: Path, dropout: float, mini_batch: int) -> None:
+    """Micro-batches of 1, of a part that mixes columns, and of everything; dropout is replayed."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora, device="cpu")
+    model.train()
+    batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
+
+    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        value.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    cached = CachedICRLoss(model, mini_batch_size=mini_batch, temperature=0.5)
+    torch.manual_seed(1)
+    value = cached(batch)
+    found = gradients(value)
+
+    # The plain loss over the same micro-batches, which draw the same random numbers, all graphs kept.
+    torch.manual_seed(1)
+    joined = join_columns(batch)
+    parts = [
+        {key: rows[start : start + mini_batch] for key, rows in joined.items()} for start in range(0, 9, mini_batch)
+    ]
+    embeddings = torch.cat([model(part)["step_embeddings"] for part in parts])
+    plain = ICRLoss(model, 0.5)
+    same = plain.contrast(embeddings, plain.allowed_candidates(batch))
+    expected = gradients(same)
+    assert float(value.detach()) == pytest.approx(float(same.detach()), rel=1e-5)
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-7
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(backbone: Path, tmp_path: Path) -> None:
+    """Negatives gathered across processes: averaged gradients equal those of the whole batch in one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.gather_worker", str(backbone), str(tmp_path)]
+    running = [
+        subprocess.Popen([*command, str(rank)], env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    expected = torch.load(tmp_path / "alone.pt")
+    for kind in ("plain", "cached"):
+        found = torch.load(tmp_path / f"{kind}.pt")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert float((found[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-7, (kind, name)
