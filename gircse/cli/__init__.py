@@ -18,6 +18,7 @@ from gircse.cli.demo import demo
 from gircse.cli.embed import embed
 from gircse.cli.explain import explain
 from gircse.cli.info import info
+from gircse.cli.mine import mine
 from gircse.cli.similarity import similarity
 from gircse.cli.train import train
 from gircse.errors import GircseError
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, embed, similarity, explain, train, info):
+for command in (demo, embed, similarity, explain, train, mine, info):
     app.command(command.__name__)(command)
 
 

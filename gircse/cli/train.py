@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from gircse.cli.common import DebugOption, JsonOption, stderr
+from gircse.errors import UsageError
+
+if TYPE_CHECKING:
+    from gircse.train.plan import TrainingPlan
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trained model and its checkpoints.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the trained model and its checkpoints.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the training files, instead of the recipe's.")] = None,
     num_steps: Annotated[
         int | None, typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only baseline.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check recipe and data, print steps, lengths, memory and time."),
+    ] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -29,26 +41,55 @@ def train(
 
     [bold]Examples[/bold]
 
+      gircse train recipes/smollm2-135m-first.yaml --data data/train --dry-run
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first --resume
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first-k0 --num-steps 0
     """
-    with stderr.status("importing the trainer"):
-        from gircse.train.recipe import load_recipe
-        from gircse.train.run import train as run
+    if output is None and not dry_run:
+        raise UsageError("name the folder of the trained model with -o, or look first with --dry-run")
     overrides: dict[str, Any] = {}
     if data is not None:
         overrides["data.folder"] = str(data)
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
 
+    with stderr.status("importing the trainer"):
+        from gircse.train.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        from gircse.train.plan import plan_training
+        from gircse.train.run import train as run
+    if output is None or dry_run:
+        with stderr.status("reading the data"):
+            plan = plan_training(loaded)
+        print(json.dumps(asdict(plan))) if json_output else _print_plan(plan, loaded.training.batch_size)
+        return
+
     def log(entry: dict[str, float]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         with (output / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    model = run(load_recipe(recipe, overrides), output, resume=resume, report=log)
+    model = run(loaded, output, resume=resume, report=log)
     if json_output:
         print(json.dumps({"output": str(output), "num_steps": model.num_steps}))
     else:
         stderr.print(f'saved to {output}; try: gircse similarity --model {output} "one text" "another"')
+
+
+def _print_plan(plan: TrainingPlan, batch_size: int) -> None:
+    console, hours = Console(highlight=False), plan.seconds_per_step * plan.steps / 3600
+    console.print(f"[bold]{sum(plan.examples.values()):,} examples[/] in {plan.steps:,} steps of {batch_size} rows")
+    for name, count in plan.examples.items():
+        console.print(f"  {count:>9,}  {name}")
+    console.print(f"[bold]tokens a text[/]: mean {plan.mean_tokens:.0f}, {plan.longest_share:.0%} are cut")
+    for bound, share in plan.histogram:
+        label = f"up to {bound}" if bound else "longer"
+        console.print(f"  {label:>9}  {'█' * round(40 * share)} {share:.0%}")
+    console.print(
+        f"[bold]parameters[/]: {plan.parameters / 1e6:,.0f} M, {plan.trained_parameters / 1e6:,.1f} M of them trained\n"
+        f"[bold]memory[/]: about {plan.memory_bytes / 2**30:.1f} GiB\n"
+        f"[bold]time[/]: at least {plan.seconds_per_step:.1f} s a step, {hours:.1f} h "
+        f"in all, at the {plan.matrix_flops / 1e9:,.0f} GFLOPS of matrix products measured here"
+    )

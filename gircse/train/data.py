@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError
 from gircse.train.recipe import Recipe, Source
@@ -23,28 +25,40 @@ except ImportError as error:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a ``.jsonl`` or ``.jsonl.zst`` file.
+    """Rows of a ``.jsonl``, ``.jsonl.zst`` or ``.parquet`` file.
 
     Raises:
-        InputDataError: A line is no JSON object, or lacks a field; with file and line.
+        InputDataError: A row is no JSON object, or lacks a field; with file and line.
     """
-    opener = zstandard.open if path.suffix == ".zst" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    for number, row in enumerate(_raw_rows(path), start=1):
+        if isinstance(row, str):
             try:
-                row = json.loads(line)
+                row = json.loads(row)
             except json.JSONDecodeError as error:
                 raise InputDataError(
                     str(path), number, f"not JSON ({error.msg}); one object a line is expected"
                 ) from None
-            if not isinstance(row, dict):
-                raise InputDataError(str(path), number, "not a JSON object; one object a line is expected")
-            for key, kind in (("task", str), ("instruction", str), ("query", str), ("pos", list)):
-                if not isinstance(row.get(key), kind) or not row[key]:
-                    raise InputDataError(str(path), number, f"{key!r} must be a non-empty {kind.__name__}")
-            if not isinstance(row.setdefault("neg", []), list):
-                raise InputDataError(str(path), number, "'neg' must be a list")
-            yield row
+        if not isinstance(row, dict):
+            raise InputDataError(str(path), number, "not a JSON object; one object a line is expected")
+        for key, kind in (("task", str), ("instruction", str), ("query", str), ("pos", list)):
+            if not isinstance(row.get(key), kind) or not row[key]:
+                raise InputDataError(str(path), number, f"{key!r} must be a non-empty {kind.__name__}")
+        row["neg"] = [] if row.get("neg") is None else row["neg"]
+        for key in ("pos", "neg"):
+            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
+                raise InputDataError(str(path), number, f"{key!r} must be a list of texts")
+        yield row
+
+
+def _raw_rows(path: Path) -> Iterator[str | dict[str, Any]]:
+    """Lines of text, or rows of a table."""
+    if path.suffix == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    opener = zstandard.open if path.suffix == ".zst" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        yield from lines
 
 
 def source_path(folder: Path, source: Source) -> Path:
@@ -53,11 +67,13 @@ def source_path(folder: Path, source: Source) -> Path:
     Raises:
         GircseError: It is not there.
     """
-    for suffix in (".jsonl.zst", ".jsonl"):
+    for suffix in (".jsonl.zst", ".jsonl", ".parquet"):
         path = folder / f"{source.file}{suffix}"
         if path.is_file():
             return path
-    raise GircseError(f"{folder / source.file}.jsonl(.zst) is not there; name the data folder with --data")
+    raise GircseError(
+        f"{folder / source.file} is not there as .jsonl.zst, .jsonl or .parquet; name the data folder with --data"
+    )
 
 
 def load_training_data(recipe: Recipe) -> DatasetDict:
@@ -70,31 +86,66 @@ def load_training_data(recipe: Recipe) -> DatasetDict:
         InputDataError: A bad line.
         GircseError: A file is missing, or a source has fewer usable rows than the recipe asks for.
     """
-    wanted: dict[Path, list[Source]] = {}
-    for source in recipe.data.sources:
-        wanted.setdefault(source_path(recipe.data.folder, source), []).append(source)
-    datasets: dict[str, Dataset] = {}
-    for path, sources in wanted.items():
-        rows: dict[str, list[dict[str, Any]]] = {source.task: [] for source in sources}
-        for row in read_rows(path):
-            if row["task"] in rows:
-                rows[row["task"]].append(row)
-        for source in sources:
-            usable = [row for row in rows[source.task] if len(row["neg"]) >= source.negatives]
-            if len(usable) < source.examples:
-                raise GircseError(
-                    f"{path}: {len(usable)} rows of {source.task} have {source.negatives} negatives, "
-                    f"the recipe asks for {source.examples}; lower examples or negatives"
-                )
-            # A generator of the source's own: adding a source does not change the rows of the others.
-            generator = random.Random(f"{recipe.seed}/{source.file}/{source.task}")
-            drawn = generator.sample(usable, source.examples)
-            datasets[f"{source.file}/{source.task}"] = Dataset.from_list(
-                [_columns(row, source, generator) for row in drawn]
-            )
+    usable = usable_rows(recipe)
+    counts = example_counts(recipe, [len(rows) for rows in usable])
     result = DatasetDict()
-    result.update(datasets)
+    for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
+        if len(rows) < count:
+            raise GircseError(
+                f"{source_path(recipe.data.folder, source)}: {len(rows)} rows of {source.task} have {source.negatives} "
+                f"negatives, the recipe asks for {count}; lower examples or negatives"
+            )
+        if not count:
+            continue
+        # A generator of the source's own: adding a source does not change the rows of the others.
+        generator = random.Random(f"{recipe.seed}/{source.file}/{source.task}")
+        drawn = generator.sample(rows, count)
+        result[f"{source.file}/{source.task}"] = Dataset.from_list([_columns(row, source, generator) for row in drawn])
     return result
+
+
+def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
+    """For every source of the recipe, its task's rows that have enough negatives. Each file is read once."""
+    wanted: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+    for source in recipe.data.sources:
+        wanted.setdefault(source_path(recipe.data.folder, source), {})[source.task] = []
+    for path, tasks in wanted.items():
+        for row in read_rows(path):
+            if row["task"] in tasks:
+                tasks[row["task"]].append(row)
+    return [
+        [
+            row
+            for row in wanted[source_path(recipe.data.folder, source)][source.task]
+            if len(row["neg"]) >= source.negatives
+        ]
+        for source in recipe.data.sources
+    ]
+
+
+def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
+    """How many rows of each source: its own number, or its share of ``data.examples``.
+
+    Shares are proportional to size^(1/T), whole batches (an incomplete batch would be dropped), and never more than
+    there is; what a small source cannot give goes to the others.
+
+    Args:
+        recipe: The recipe.
+        available: Usable rows of each source.
+
+    Returns:
+        One number a source.
+    """
+    sources, batch = recipe.data.sources, recipe.training.batch_size
+    counts = [source.examples or 0 for source in sources]
+    shared = [index for index, source in enumerate(sources) if source.examples is None]
+    weights = {index: available[index] ** (1 / recipe.data.mixture_temperature) for index in shared}
+    for _ in range((recipe.data.examples or 0) // batch):  # a batch at a time to whoever is furthest below its share
+        room = [index for index in shared if counts[index] + batch <= available[index]]
+        if not room:
+            break
+        counts[min(room, key=lambda index: (counts[index] + batch) / weights[index])] += batch
+    return counts
 
 
 def _columns(row: dict[str, Any], source: Source, generator: random.Random) -> dict[str, str]:

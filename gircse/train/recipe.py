@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gircse.encoder import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError
@@ -46,6 +46,11 @@ class LossSection(_Section):
 
     temperature: float = Field(default=0.02, gt=0)
     refinement_weight: float = Field(default=1.0, ge=0, description="λ")
+    stepwise: bool = Field(default=True, description="a loss at every step; False: after the last one only")
+    false_negative_margin: float | None = Field(
+        default=None, description="leave out negatives closer to the anchor than the positive by more than this"
+    )
+    matryoshka_dims: list[int] | None = Field(default=None, min_length=1, description="widths that must work alone")
 
 
 class Source(_Section):
@@ -54,7 +59,7 @@ class Source(_Section):
     Attributes:
         file: Below the data folder, without ``.jsonl`` or ``.jsonl.zst``.
         task: The ``task`` of the rows.
-        examples: How many, drawn without replacement with the recipe's seed.
+        examples: How many, drawn without replacement with the recipe's seed; the mixture decides where not given.
         licence: Of the text; it goes into the model card.
         symmetric: Passages carry the instruction too.
         in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
@@ -63,7 +68,7 @@ class Source(_Section):
 
     file: str
     task: str
-    examples: int = Field(ge=1)
+    examples: int | None = Field(default=None, ge=1)
     licence: str
     symmetric: bool = False
     in_batch_negatives: bool = True
@@ -77,19 +82,38 @@ class Source(_Section):
 
 
 class DataSection(_Section):
-    """Which rows, and how much of each text is read in training."""
+    """Which rows, and how much of each text is read in training.
+
+    Attributes:
+        examples: Rows in all of the sources that name no number of their own.
+        mixture_temperature: Those are shared out in proportion to size^(1/T): 1 is proportional, large values uniform.
+    """
 
     folder: Path
+    examples: int | None = Field(default=None, ge=1)
+    mixture_temperature: float = Field(default=1.0, gt=0)
     max_seq_length: int = Field(
         default=128, ge=8, description="tokens read of a text in training, instruction included"
     )
     sources: list[Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _numbers_of_examples(self) -> DataSection:
+        open_sources = [source.task for source in self.sources if source.examples is None]
+        if open_sources and self.examples is None:
+            raise ValueError(f"give examples for {open_sources[0]}, or a total in data.examples")
+        if self.examples is not None and not open_sources:
+            raise ValueError("data.examples is shared out among sources without examples, and there is none")
+        return self
 
 
 class TrainingSection(_Section):
     """The optimiser's settings."""
 
     batch_size: int = Field(default=32, ge=2)
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="texts embedded at a time; cached gradients make up the batch"
+    )
     epochs: float = Field(default=1.0, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
@@ -97,6 +121,9 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     log_every: int = Field(default=5, ge=1)
+    gather_across_devices: bool = Field(default=False, description="negatives of all processes")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="where the logs go besides")
 
 
 class Recipe(_Section):
@@ -106,7 +133,7 @@ class Recipe(_Section):
     seed: int = 0
     query_instruction: str | None = Field(default=None, description="stored as the default instruction of queries")
     model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
+    lora: LoraSection | None = Field(default=LoraSection(), description="null trains all weights")
     loss: LossSection = LossSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
@@ -164,4 +191,5 @@ def _fields_at(place: tuple[int | str, ...]) -> list[str]:
             section = Source
         elif part != "sources":
             section = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(section) if hasattr(kind, "model_fields")), section)
     return list(section.model_fields)

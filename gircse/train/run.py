@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gircse._version import __version__
 from gircse.errors import GircseError, MissingExtraError, UsageError
-from gircse.losses import ICRLoss
+from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.data import load_training_data, source_path
 from gircse.train.recipe import Recipe
@@ -58,13 +58,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     torch.set_flush_denormal(True)
     data = load_training_data(recipe)
     model = make_model(recipe)
-    model.encoder.training_facts = training_facts(recipe)
-    losses = {
-        f"{source.file}/{source.task}": ICRLoss(
-            model, recipe.loss.temperature, recipe.loss.refinement_weight, source.in_batch_negatives
-        )
-        for source in recipe.data.sources
-    }
+    model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
+    losses = make_losses(recipe, model, list(data))
     model.max_seq_length = recipe.data.max_seq_length
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -82,32 +77,46 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
 def make_model(recipe: Recipe) -> GIRCSE:
     """The recipe's model before training."""
     config = recipe.refinement()
+    lora = recipe.lora and LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",  # peft then leaves the LM head alone
+    )
     model = GIRCSE.from_backbone(
         recipe.backbone,
         num_steps=config.num_steps,
         pooling=config.pooling,
         temperature=config.temperature,
         max_seq_length=config.max_seq_length,
-        lora=LoraConfig(
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.alpha,
-            lora_dropout=recipe.lora.dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",  # peft then leaves the LM head alone
-        ),
+        lora=lora,
+        full_finetune=lora is None,
+        dtype=getattr(torch, recipe.training.dtype),
     )
     model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
     return model
 
 
-def training_facts(recipe: Recipe) -> dict[str, Any]:
+def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, ICRLoss]:
+    """The loss of every data set, by its name ``file/task``."""
+    settings, micro_batch = recipe.loss, recipe.training.micro_batch_size
+    options: dict[str, Any] = settings.model_dump() | {"gather_across_devices": recipe.training.gather_across_devices}
+    if micro_batch is not None:
+        options["mini_batch_size"] = micro_batch
+    kind = ICRLoss if micro_batch is None else CachedICRLoss
+    own = {f"{source.file}/{source.task}": source.in_batch_negatives for source in recipe.data.sources}
+    return {name: kind(model, in_batch_negatives=own[name], **options) for name in names}
+
+
+def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
     """What the checkpoint remembers of its run: the recipe, and the checksums of the data files."""
     files = {source_path(recipe.data.folder, source) for source in recipe.data.sources}
     return {
         "gircse": __version__,
         "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}}),
         "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
-        "examples": sum(source.examples for source in recipe.data.sources),
+        "examples": examples,
     }
 
 
@@ -136,7 +145,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTraining
         multi_dataset_batch_sampler="proportional",
         seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to="none",
+        report_to=list(settings.trackers) or "none",
         disable_tqdm=False,
     )
 
