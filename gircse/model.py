@@ -26,6 +26,8 @@ from gircse.refiner import pool_steps, refine
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from gircse.search.rerank import RankedDocument
+
 DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer it"
 """The instruction of queries where neither the call nor the checkpoint names one."""
 
@@ -237,6 +239,20 @@ class GIRCSE(SentenceTransformer):
         if normalize_embeddings:
             result = torch.nn.functional.normalize(result, dim=-1)
         return (result[0] if single else result).numpy()
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        num_steps: int | None = None,
+        top: int | None = None,
+    ) -> list[RankedDocument]:
+        """Documents by their similarity to a query, best first; see `gircse.search.rerank.rerank`."""
+        from gircse.search.rerank import rerank
+
+        return rerank(self, query, documents, instruction=instruction, num_steps=num_steps, top=top)
 
     def encode_states(
         self,

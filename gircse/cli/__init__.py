@@ -14,11 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from gircse._version import __version__
+from gircse.cli.ask import ask
 from gircse.cli.demo import demo
 from gircse.cli.embed import embed
+from gircse.cli.evaluate import evaluate
 from gircse.cli.explain import explain
+from gircse.cli.index import index
 from gircse.cli.info import info
 from gircse.cli.mine import mine
+from gircse.cli.report import report
+from gircse.cli.rerank import rerank
+from gircse.cli.search import search
+from gircse.cli.serve import serve
 from gircse.cli.similarity import similarity
 from gircse.cli.train import train
 from gircse.errors import GircseError
@@ -31,7 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, embed, similarity, explain, train, mine, info):
+VERBS = (
+    demo, embed, similarity, explain, index, search, rerank, ask, evaluate, report, train, mine, serve, info,
+)  # fmt: skip
+for command in VERBS:
     app.command(command.__name__)(command)
 
 
@@ -51,21 +61,27 @@ def _gircse(
 
     [bold]Start here[/bold]
 
-      gircse demo                                          five minutes, nothing to prepare
+      gircse demo                                    nothing to prepare
       gircse similarity "a cat sleeps" "a kitten naps"
-      gircse embed corpus.jsonl -o corpus.parquet          any size, resumable
-      gircse explain "who wrote Hamlet?"                   what the soft tokens say
+      gircse embed corpus.jsonl -o corpus.parquet    any size, resumable
+      gircse explain "who wrote Hamlet?"             what the soft tokens say
+      gircse index corpus.jsonl -o corpus.index      then search, ask
+      gircse evaluate --suite dev --data DIR -o OUT  MTEB's protocol
+      gircse serve                                   OpenAI's interface
 
     [bold]Environment[/bold]
 
       GIRCSE_HOME       cache of backbones (default ~/.cache/gircse)
       GIRCSE_OFFLINE    1: never ask the network
+      GIRCSE_DEBUG      1: show tracebacks, as --debug does
+      GIRCSE_API_KEY    key that gircse serve asks for
+      GIRCSE_LLM_API_KEY  key of the endpoint that gircse ask --llm uses
     """
 
 
 def main() -> None:
     """Run the command line: an error becomes one line on stderr and an exit code; ``--debug`` shows the traceback."""
-    debug = "--debug" in sys.argv
+    debug = "--debug" in sys.argv or os.environ.get("GIRCSE_DEBUG") == "1"
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,228 @@
+"""`gircse index`: the command's options, its progress bar and its closing words. The work is `gircse.search`'s."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from gircse.batches import DEFAULT_BATCH_TOKENS
+from gircse.cli.common import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    NumStepsOption,
+    load_model,
+    stderr,
+)
+from gircse.embed import InputFormat
+from gircse.errors import UsageError
+from gircse.search import DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+    from gircse.search.index import IndexProgress, IndexSummary
+    from gircse.search.manifest import IndexSettings
+
+_LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def index(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help=".jsonl, .csv, .parquet, or .txt (a text a line).")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="INDEX", help="Folder of the index.")],
+    input_format: Annotated[InputFormat | None, typer.Option(help="What CORPUS is; told by its name.")] = None,
+    column: Annotated[str | None, typer.Option(help="Key or header of the text; text where not given.")] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unusable rows out and report them.")] = False,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Longest chunk of a document; {DEFAULT_CHUNK_TOKENS} where not given.")
+    ] = None,
+    chunk_overlap: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens shared by neighbouring chunks; an eighth of a chunk where not given."),
+    ] = None,
+    text_language: Annotated[
+        str | None, typer.Option(help="Whose word endings full-text search ignores; English where not given.")
+    ] = None,
+    exact_below: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Chunks from which on vectors are searched approximately; {DEFAULT_EXACT_BELOW:,} where not given.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the index anew instead of bringing it in step.")
+    ] = False,
+    model: ModelOption = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Of the documents; the model's document prompt (none) where not given.")
+    ] = None,
+    num_steps: NumStepsOption = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
+    ] = DEFAULT_BATCH_TOKENS,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a corpus searchable: its texts, their metadata and their vectors in one folder.
+
+    Run again, the index is brought in step with the corpus: documents with a new id or
+    another content are embedded, those that are gone are removed, all others are left
+    alone. Killed at any moment, the same command goes on. The options of an existing
+    index need not be repeated; others than it was made with are refused.
+
+    Every column besides text and id is metadata, which a search can filter by.
+    Documents longer than a chunk are cut into overlapping chunks at ends of
+    sentences; a document's score in a search is that of its best chunk.
+
+    [bold]Examples[/bold]
+
+      gircse index articles.jsonl -o articles.index --id-column id
+      gircse index articles.jsonl -o articles.index              after articles.jsonl has changed
+      gircse index notes.txt -o notes.index --num-steps 1
+    """
+    from gircse.embed.reader import CorpusReader
+    from gircse.search.corpus import DocumentCorpus
+    from gircse.search.index import index_corpus
+    from gircse.search.manifest import Manifest
+
+    made = None if overwrite else Manifest.find(output)
+    had = made.settings if made else None
+    text_column = column or (had.column if had else "text")
+    ids = id_column or (had.id_column if had else None)
+    documents = DocumentCorpus(CorpusReader(corpus, input_format, column=text_column, id_column=ids, skip_bad=skip_bad))
+    documents.reader.peek()
+    encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype)
+    settings = _settings(
+        encoder,
+        had,
+        model=model,
+        instruction=instruction,
+        num_steps=num_steps,
+        chunk_tokens=chunk_tokens,
+        chunk_overlap=chunk_overlap,
+        text_language=text_language,
+        column=text_column,
+        id_column=ids,
+    )
+    with _Display() as display:
+        summary = index_corpus(
+            encoder,
+            documents,
+            output,
+            settings,
+            exact_below=exact_below,
+            batch_tokens=batch_tokens,
+            overwrite=overwrite,
+            on_progress=display.update,
+        )
+    _print_closing_words(summary, str(documents.reader.bad))
+    if json_output:
+        print(json.dumps(asdict(summary), ensure_ascii=False))
+
+
+def _settings(
+    encoder: GIRCSE,
+    had: IndexSettings | None,
+    *,
+    model: str | None,
+    instruction: str | None,
+    num_steps: int | None,
+    chunk_tokens: int | None,
+    chunk_overlap: int | None,
+    text_language: str | None,
+    column: str,
+    id_column: str | None,
+) -> IndexSettings:
+    """What was asked for; else what the index was made with; else the defaults."""
+    from gircse.search.manifest import IndexSettings, model_checksum
+
+    prompt = encoder.prompts.get("document") or ""
+    fresh = IndexSettings(
+        model=os.path.abspath(model) if model is not None and Path(model).is_dir() else model,
+        model_checksum=model_checksum(encoder),
+        num_steps=encoder.num_steps,
+        document_prompt=prompt,
+        dimension=encoder.get_embedding_dimension() or 0,
+    )
+    base = had or fresh
+    tokens = chunk_tokens or base.chunk_tokens
+    if chunk_overlap is None:
+        chunk_overlap = had.chunk_overlap if had else tokens // 8
+    limit = encoder.encoder.max_seq_length
+    if tokens > limit:
+        raise UsageError(f"chunks of {tokens} tokens exceed the model's longest input of {limit}; lower --chunk-tokens")
+    return IndexSettings(
+        model=fresh.model if model is not None else base.model,
+        model_checksum=fresh.model_checksum,
+        num_steps=base.num_steps if num_steps is None else num_steps,
+        document_prompt=base.document_prompt if instruction is None else encoder.format_instruction(instruction),
+        dimension=fresh.dimension,
+        chunk_tokens=tokens,
+        chunk_overlap=chunk_overlap,
+        column=column,
+        id_column=id_column,
+        text_language=text_language or base.text_language,
+    )
+
+
+class _Display:
+    """Documents, chunks a second and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar = ProgressBar(
+            TextColumn("indexing"),
+            BarColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+        self.task = self.bar.add_task("index", total=None, counts="")
+        self.logged = time.monotonic()
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, progress: IndexProgress) -> None:
+        """Show how far the work is."""
+        rate = f", {progress.embedded / progress.seconds:,.0f} chunks/s" if progress.seconds else ""
+        counts = f"{progress.documents:,}/{progress.total:,} documents, {progress.embedded:,} chunks embedded{rate}"
+        self.bar.update(self.task, total=progress.total, completed=progress.documents, counts=counts)
+        if not stderr.is_terminal and time.monotonic() - self.logged > _LOG_EVERY:
+            self.logged = time.monotonic()
+            stderr.print(f"indexing {counts}", highlight=False, soft_wrap=True)
+
+
+def _print_closing_words(summary: IndexSummary, bad: str) -> None:
+    took = timedelta(seconds=round(summary.seconds))
+    kind = "approximate" if summary.approximate else "exact"
+    what = f"{summary.documents:,} documents in {summary.chunks:,} chunks, {kind} vector search"
+    done = f"{summary.added:,} added, {summary.changed:,} changed, {summary.removed:,} removed"
+    left = f"{summary.unchanged:,} unchanged; {summary.embedded:,} chunks embedded in {took}"
+    lines = [f"{summary.index}: {what}; {done}, {left}"]
+    if summary.skipped:
+        lines.append(f"bad rows left out: {summary.skipped:,}; {bad}")
+    for line in lines:
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,75 @@
+"""`gircse rerank`: texts from a file, ranked by a query. The work is `gircse.search.rerank`'s."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gircse.cli.common import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    InstructionOption,
+    JsonOption,
+    ModelOption,
+    NumStepsOption,
+    load_model,
+    stderr,
+)
+from gircse.cli.search import shortened
+from gircse.embed import InputFormat
+
+
+def rerank(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for stdin.")
+    ],
+    input_format: Annotated[InputFormat | None, typer.Option(help="What FILE is; told by its name, - is txt.")] = None,
+    column: Annotated[str, typer.Option(help="JSON key, CSV header or Parquet column of the text.")] = "text",
+    id_column: Annotated[
+        str | None, typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Texts shown; all where not given.")] = None,
+    instruction: InstructionOption = None,
+    num_steps: NumStepsOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Rank texts by their similarity to a query, as the second stage of any search.
+
+    Few texts can afford many refinement steps: find candidates with few, rank them here
+    with more. A text longer than a chunk is scored by its best chunk.
+
+    [bold]Examples[/bold]
+
+      gircse rerank "how do plants eat?" candidates.txt --num-steps 20
+      grep -i plant notes.txt | gircse rerank "how do plants eat?" - --top 3
+    """
+    from gircse.embed.reader import CorpusReader
+
+    rows = list(CorpusReader(source, input_format, column=column, id_column=id_column))
+    loaded = load_model(model, device=device, dtype=dtype)
+
+    from gircse.search.rerank import rerank as rank
+
+    ranked = rank(loaded, query, [row.text for row in rows], instruction=instruction, num_steps=num_steps, top=top)
+    if json_output:
+        results = [{"rank": place, "id": rows[r.index].id, **asdict(r)} for place, r in enumerate(ranked, start=1)]
+        steps = loaded.num_steps if num_steps is None else num_steps
+        print(json.dumps({"query": query, "num_steps": steps, "results": results}, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for place, result in enumerate(ranked, start=1):
+        name = escape(str(rows[result.index].id))
+        console.print(f"[bold]{place:>3}[/]  {result.score:.4f}  [cyan]{name}[/]  {escape(shortened(result.text))}")
+    if not ranked:
+        stderr.print("no texts to rank", highlight=False)

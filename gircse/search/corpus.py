@@ -1,0 +1,163 @@
+"""The documents of a corpus file: text, id, and every other column as metadata.
+
+Knows files and what may be metadata; knows nothing of chunks, models or tables. Ids, texts and the naming of bad rows
+are `gircse.embed.reader`'s; this file reads the remaining columns beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
+
+import pyarrow.parquet as pq
+
+from gircse.embed.reader import CorpusReader
+from gircse.errors import InputDataError, UsageError
+
+MetadataType = Literal["bool", "int64", "double", "string"]
+Scalar = bool | int | float | str
+
+
+class Document(NamedTuple):
+    """A document: its id, its text, and its metadata without nulls."""
+
+    id: str
+    text: str
+    metadata: dict[str, Scalar]
+
+    @property
+    def content_hash(self) -> str:
+        """Of text and metadata: two documents of one id that have the same are the same."""
+        content = json.dumps([self.text, sorted(self.metadata.items())], ensure_ascii=True)
+        return blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+class DocumentCorpus:
+    """The documents of a file, in order; iterating again starts over.
+
+    Columns besides text and id are metadata under their own names, characters other than letters, digits and ``_``
+    replaced by ``_``. Values that are no scalars (lists, objects, dates) become text, as JSON where they can.
+
+    Args:
+        reader: Of a file; a stream can be read only once.
+
+    Raises:
+        UsageError: The source is a stream.
+    """
+
+    def __init__(self, reader: CorpusReader) -> None:
+        if reader.is_stream:
+            raise UsageError("an index is made from a file, which is read twice; save the stream as a file first")
+        self.reader = reader
+
+    def __iter__(self) -> Iterator[Document]:
+        with open(self.reader.source, "rb") as stream:
+            others = _READERS[self.reader.format](self.reader, stream)
+            for row in self.reader:
+                cells = next(cells for line, cells in others if line == row.line)
+                yield Document(str(row.id), row.text, self._metadata(cells, row.line))
+
+    def scan(self) -> tuple[int, dict[str, MetadataType]]:
+        """Read everything once: the number of documents and the metadata columns with their types.
+
+        Raises:
+            InputDataError: A row is unusable; so it is known before any work is done.
+        """
+        count, types = 0, cast("dict[str, MetadataType]", {})
+        for document in self:
+            count += 1
+            for name, value in document.metadata.items():
+                types[name] = wider(types.get(name), _type_of(value))
+        return count, types
+
+    def _metadata(self, cells: dict[str, Any], line: int) -> dict[str, Scalar]:
+        metadata: dict[str, Scalar] = {}
+        for column, value in cells.items():
+            if column in self.reader.columns or value is None or value != value:  # NaN differs from itself
+                continue
+            name = re.sub(r"\W", "_", column)
+            if name in metadata:
+                problem = f"two columns are called {name!r} once other characters are replaced by _; rename one"
+                raise InputDataError(self.reader.name, line, problem)
+            metadata[name] = _scalar(value)
+        return metadata
+
+
+def wider(a: MetadataType | None, b: MetadataType | None) -> MetadataType:
+    """The narrowest type that holds values of both."""
+    if a == b or not b or not a:
+        return a or b or "string"
+    return "double" if {a, b} == {"int64", "double"} else "string"
+
+
+def as_type(value: Scalar | None, kind: MetadataType) -> Scalar | None:
+    """A value as the type of its column."""
+    if value is None or kind != "string":
+        return float(value) if kind == "double" and value is not None else value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _type_of(value: Scalar) -> MetadataType:
+    return {bool: "bool", int: "int64", float: "double"}.get(type(value), "string")  # type: ignore[return-value]
+
+
+def _scalar(value: Any) -> Scalar:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return json.loads(text) if text.startswith('"') else text  # a date and its like: without the quotes
+
+
+# One generator a format: every row that the reader may name, as (line, cells by column)
+
+
+def _text_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, _ in enumerate(stream, start=1):
+        yield number, {}
+
+
+def _json_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            values = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            continue  # the reader has named it, or left it out
+        if isinstance(values, dict):
+            yield number, values
+
+
+def _csv_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader((line.decode("utf-8", errors="replace") for line in stream), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error:
+            continue
+        if cells and header is None:
+            header = [cells[0].removeprefix("\ufeff"), *cells[1:]]
+        elif header is not None and len(cells) == len(header):
+            yield line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+
+
+def _parquet_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    file = pq.ParquetFile(stream)
+    names = [name for name in file.schema_arrow.names if name not in reader.columns]
+    number = 0
+    for batch in file.iter_batches(1024, columns=names):
+        columns = {name: batch.column(name).to_pylist() for name in names}
+        for row in range(batch.num_rows):
+            number += 1
+            yield number, {name: values[row] for name, values in columns.items()}
+
+
+_READERS = {"txt": _text_cells, "jsonl": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}

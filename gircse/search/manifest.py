@@ -1,0 +1,145 @@
+"""What an index remembers of its making: model, prompts, steps, chunks and columns, in INDEX/manifest.json.
+
+Knows JSON and which differences spoil an index; knows nothing of tables or of how vectors are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gircse._version import __version__
+from gircse.errors import GircseError, UsageError
+from gircse.search import DEFAULT_CHUNK_OVERLAP, DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+    from gircse.search.corpus import MetadataType
+
+FORMAT = 1
+_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """Everything that all documents of an index have in common; a document made otherwise would not be comparable.
+
+    Attributes:
+        model: Folder or hub id to load it from; None is the model that ships with the package. Not compared.
+        model_checksum: See `model_checksum`.
+        num_steps: K, of documents and queries alike.
+        document_prompt: Put before every chunk.
+        dimension: Length of a vector.
+        chunk_tokens: Longest chunk.
+        chunk_overlap: Tokens shared by neighbouring chunks.
+        column: Of the text in the corpus.
+        id_column: Of the ids; None: ids are row numbers.
+        text_language: Whose word endings full-text search ignores.
+    """
+
+    model: str | None
+    model_checksum: str
+    num_steps: int
+    document_prompt: str
+    dimension: int
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_overlap: int = DEFAULT_CHUNK_OVERLAP
+    column: str = "text"
+    id_column: str | None = None
+    text_language: str = "English"
+
+    def differences(self, other: IndexSettings) -> list[str]:
+        """What differs, as ``name (mine, not theirs)``."""
+        found = []
+        for name in (each.name for each in fields(self) if each.name != "model"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                shown = "model weights" if name == "model_checksum" else f"{name} ({mine!r}, not {theirs!r})"
+                found.append(shown)
+        return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """INDEX/manifest.json.
+
+    Attributes:
+        settings: What made the vectors.
+        metadata: Type of every metadata column.
+        exact_below: Chunks from which on vectors are searched approximately.
+        complete: Whether the last run came to its end.
+        documents: Documents in the index when it last did.
+        chunks: Their chunks.
+        gircse_version: Of the last run.
+        format: Of this file and the table.
+    """
+
+    settings: IndexSettings
+    metadata: dict[str, MetadataType] = field(default_factory=dict)
+    exact_below: int = DEFAULT_EXACT_BELOW
+    complete: bool = False
+    documents: int = 0
+    chunks: int = 0
+    gircse_version: str = __version__
+    format: int = FORMAT
+
+    @classmethod
+    def find(cls, folder: Path) -> Manifest | None:
+        """The manifest of an index; None where there is none yet.
+
+        Raises:
+            GircseError: It is not readable by this version.
+        """
+        try:
+            values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise GircseError(f"{folder / _FILE} is damaged ({error}); make the index anew with --overwrite") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise GircseError(f"{folder} was made by another version of gircse; make it anew with --overwrite")
+        return cls(**{**values, "settings": IndexSettings(**values["settings"])})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of an index that must be there."""
+        found = cls.find(folder)
+        if found is None:
+            raise UsageError(f"{folder} is no index; make one with: gircse index CORPUS -o {folder}")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Replace the file in one step: a kill leaves the old one or the new one."""
+        temporary = folder / f"{_FILE}.new"
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(asdict(self), stream, indent=2, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(folder / _FILE)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Make the folder no index any more."""
+        (folder / _FILE).unlink(missing_ok=True)
+
+
+def model_checksum(model: GIRCSE) -> str:
+    """SHA-256 of what vectors depend on: the backbone's checksum, the trained weights, pooling and temperature.
+
+    The same whether the weights are loaded as float32 or bfloat16, whose vectors may be mixed.
+    """
+    import torch
+
+    encoder = model.encoder
+    refinement, weights = encoder.refinement, encoder.get_config_dict()["weights"]
+    facts = [encoder.reference.sha256, weights, refinement.pooling, refinement.temperature]
+    digest = sha256(json.dumps(facts).encode())
+    for name, parameter in sorted(encoder.backbone.named_parameters()):
+        if weights == "full" or (weights == "adapter" and "lora_" in name):
+            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode() + rounded.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,205 @@
+"""The gate in front of every request: id, key, size, how many at once, log line, metrics. Plain ASGI.
+
+Knows headers and bytes; knows nothing of what a request means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gircse.serve.errors import error_response
+from gircse.serve.metrics import Metrics
+from gircse.serve.settings import ServeSettings
+
+logger = logging.getLogger("gircse.serve")
+
+CLIENT_GONE = 499
+"""In logs and metrics: nobody waited for the answer."""
+
+_ENDPOINTS = (
+    "/v1/embeddings", "/v1/rerank", "/v1/explain", "/v1/models", "/health", "/health/live", "/health/ready", "/metrics",
+    "/", "/docs", "/openapi.json",
+)  # fmt: skip
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DRAIN = 4  # times the limit on bodies: a client that is told "too large" has usually to finish sending first
+
+
+@dataclass
+class RequestFacts:
+    """What the handlers tell the log about a request.
+
+    Attributes:
+        request_id: The client's `X-Request-ID`, or a new one.
+        logged: Counts, K, an error's kind; and texts where the operator asked for them.
+    """
+
+    request_id: str
+    logged: dict[str, Any] = field(default_factory=dict)
+
+
+def facts_of(scope: Scope) -> RequestFacts:
+    """The facts of a request that went through the `Gate`."""
+    return scope["gircse.facts"]
+
+
+class Gate:
+    """ASGI middleware: lets a request in, or answers with OpenAI's error object.
+
+    Args:
+        app: What comes after.
+        settings: Key and limits.
+        metrics: Where answers are counted.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.max_body = int(settings.max_body_mb * 1e6)
+        self.in_progress = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        facts = RequestFacts(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope["gircse.facts"] = facts
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = facts.request_id
+            await send(message)
+
+        work = scope["method"] == "POST"
+        self.in_progress += work
+        try:
+            await self._answer(scope, receive, send_with_id, headers, work)
+        except asyncio.CancelledError:  # the grace period is over
+            facts.logged["error"] = "shutting_down"
+            if not status:
+                message = "the server stopped before this request was finished; send it again"
+                await error_response(503, message, code="shutting_down")(scope, receive, send_with_id)
+        except Exception:
+            facts.logged["error"] = "internal"
+            logger.exception("unexpected error", extra={"facts": {"request_id": facts.request_id}})
+            if not status:
+                message = f"an unexpected error; the server's log has it under request id {facts.request_id}"
+                await error_response(500, message, code="internal")(scope, receive, send_with_id)
+        finally:
+            self.in_progress -= work
+            self._record(scope, facts, status or CLIENT_GONE, time.monotonic() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, work: bool) -> None:
+        path = scope["path"]
+        refusal = None
+        if (path.startswith("/v1/") or path == "/metrics") and not self._has_key(headers):
+            refusal = error_response(
+                401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key"
+            )
+            refusal.headers["www-authenticate"] = "Bearer"
+        elif work and self.in_progress > self.settings.max_requests:
+            refusal = error_response(
+                429,
+                f"this server works on {self.settings.max_requests} requests at once and all are taken; "
+                "try again in 1 s",
+                code="too_many_requests",
+            )
+            refusal.headers["retry-after"] = "1"
+        elif work:
+            body = await self._read_body(receive, headers)
+            if body is None:
+                return
+            if isinstance(body, bytes):
+                receive = _replay(body, receive)
+            else:
+                refusal = body
+        if refusal is not None:
+            facts_of(scope).logged["error"] = {401: "invalid_api_key", 429: "too_many_requests"}.get(
+                refusal.status_code, "body"
+            )
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        if self.settings.api_key is None:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(key.strip().encode(), self.settings.api_key.encode())
+        return same and scheme.lower() == "bearer"
+
+    async def _read_body(self, receive: Receive, headers: Headers) -> Any:
+        """The body; a refusal where it is too large or too slow; None where the client has gone."""
+        too_large = error_response(
+            413,
+            f"the body exceeds this server's limit of {self.settings.max_body_mb:g} MB; send fewer texts at once",
+            code="too_large",
+        )
+        too_large.headers["connection"] = "close"
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > _DRAIN * self.max_body:
+            return too_large
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self.max_body:
+                        chunks.clear()
+                    else:
+                        chunks.append(chunk)
+                    if not message.get("more_body") or size > _DRAIN * self.max_body:
+                        return too_large if size > self.max_body else b"".join(chunks)
+        except TimeoutError:
+            message = f"the body did not arrive within this server's limit of {self.settings.request_timeout:g} s"
+            return error_response(408, message, code="timeout")
+
+    def _record(self, scope: Scope, facts: RequestFacts, status: int, seconds: float) -> None:
+        path = scope["path"]
+        endpoint = path if path in _ENDPOINTS else "/v1/models" if path.startswith("/v1/models/") else "other"
+        self.metrics.observe_answer(endpoint, status, seconds)
+        if kind := facts.logged.get("error"):
+            self.metrics.errors.labels(kind).inc()
+        elif status >= 400:
+            self.metrics.errors.labels(str(status)).inc()
+        # What is asked every few seconds would drown the rest; the metrics count it.
+        level = logging.DEBUG if endpoint.startswith(("/health", "/metrics")) and status < 400 else logging.INFO
+        line = {
+            "request_id": facts.request_id,
+            "method": scope["method"],
+            "path": endpoint,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            **facts.logged,
+        }
+        logger.log(level, "request", extra={"facts": line})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once and then waits for the client to go."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

@@ -1,0 +1,76 @@
+"""A service under uvicorn: sockets, signals, and an orderly end. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from gircse.errors import GircseError
+from gircse.serve.app import create_app
+from gircse.serve.service import Service
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, except that a SIGTERM that was obeyed is a success: uvicorn would raise it again at the end."""
+
+    on_stop: Callable[[], None] = staticmethod(lambda: None)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.on_stop()
+            self.handle_exit(number, frame)
+
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(service: Service, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what is queued.
+
+    Args:
+        service: What answers.
+        announce: Told the address once the port is bound.
+
+    Raises:
+        GircseError: The port is taken, or the address is none of this machine's.
+    """
+    settings = service.settings
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise GircseError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --host or --port"
+        ) from error
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=75,  # above what load balancers keep idle connections for, so that they close first
+        timeout_graceful_shutdown=max(1, round(settings.grace_period)),
+    )
+    server = _Server(config)
+
+    server.on_stop = service.begin_stop
+    host, port = listener.getsockname()[:2]
+    announce(f"http://{'[' + host + ']' if ':' in host else host}:{port}")
+    server.run(sockets=[listener])
+    if service.engine.running:
+        # A batch that outlived the grace period cannot be interrupted, and ending the interpreter under it may crash.
+        logging.shutdown()
+        os._exit(0)

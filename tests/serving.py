@@ -1,0 +1,81 @@
+"""A tiny model behind a real server on a free port, and a backend that is no model at all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+
+from gircse.model import GIRCSE
+from gircse.serve.app import create_app
+from gircse.serve.service import Service
+from gircse.serve.settings import ServeSettings
+
+NAME = "tiny"
+
+
+def tiny_model(backbone: Path) -> GIRCSE:
+    """K = 3, 48 tokens a text, characters as tokens."""
+    prompts = {"query": "query: ", "document": ""}
+    return GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, prompts=prompts, device="cpu")
+
+
+def tiny_settings(**changes: Any) -> ServeSettings:
+    """The tiny model has 64 positions: 48 tokens and 16 steps."""
+    return ServeSettings(**{"port": 0, "max_num_steps": 16, **changes})
+
+
+class HashBackend:
+    """Vectors that depend on a row's token ids and its own K only.
+
+    Args:
+        pause: Seconds a batch takes.
+        fail: Raises where this says so of the batch's token ids.
+    """
+
+    def __init__(self, pause: float = 0.0, fail: Any = None) -> None:
+        self.pause, self.fail = pause, fail
+        self.batches: list[list[list[int]]] = []
+
+    def embed(self, ids: Sequence[Sequence[int]], num_steps: Sequence[int]) -> np.ndarray:
+        """As `gircse.serve.engine.Backend`."""
+        time.sleep(self.pause)
+        self.batches.append([list(row) for row in ids])
+        if self.fail is not None and self.fail(ids):
+            raise RuntimeError("the backend was told to fail")
+        return np.stack([self.vector(row, steps) for row, steps in zip(ids, num_steps, strict=True)])
+
+    @staticmethod
+    def vector(ids: Sequence[int], num_steps: int) -> np.ndarray:
+        """What `embed` gives for one row."""
+        vector = np.random.default_rng([num_steps, *ids]).standard_normal(8, dtype=np.float32)
+        return vector / np.linalg.norm(vector)
+
+
+@contextmanager
+def running(service: Service) -> Iterator[str]:
+    """The address of a server in a thread of this process, which gets SIGTERM's orderly end afterwards."""
+    grace = max(1, round(service.settings.grace_period))
+    config = uvicorn.Config(
+        create_app(service), port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=grace
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        assert time.monotonic() < deadline, "the server takes too long to start"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        service.begin_stop()
+        server.should_exit = True
+        thread.join(20)

@@ -1,0 +1,168 @@
+"""`gircse index`, `search`, `rerank` and `ask`: options reach the work, results go to standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gircse.errors import GircseError, UsageError
+from gircse.search import answer as work
+from gircse.search.manifest import Manifest
+from tests.search_model import WordModel
+
+pytest.importorskip("lancedb")
+VERBS = ("index", "search", "rerank", "ask")
+Invoke = Callable[..., Any]
+
+ROWS = [
+    {"key": "ants", "body": "ants dig nests in the ground", "kind": "insect"},
+    {"key": "bees", "body": "bees build hives and make honey", "kind": "insect"},
+    {"key": "cats", "body": "cats sleep all day", "kind": "mammal"},
+]
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The names of the models that were loaded."""
+    loaded: list[Any] = []
+
+    def load(name: str | None, **options: Any) -> WordModel:
+        loaded.append(name)
+        return WordModel()
+
+    for verb in VERBS:
+        module = import_module(f"gircse.cli.{verb}")
+        if hasattr(module, "load_model"):
+            monkeypatch.setattr(module, "load_model", load)
+    return loaded
+
+
+@pytest.fixture
+def invoke(models: list[Any]) -> Invoke:
+    app = typer.Typer()
+    for verb in VERBS:
+        app.command(verb)(getattr(import_module(f"gircse.cli.{verb}"), verb))
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, list(arguments))
+        if isinstance(result.exception, GircseError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout) if "--json" in arguments else result.stdout
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, invoke: Invoke) -> str:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    options = ("--column", "body", "--id-column", "key", "--chunk-tokens", "8")
+    summary = invoke("index", str(corpus), "-o", str(tmp_path / "an.index"), *options, "--num-steps", "1", "--json")
+    assert (summary["documents"], summary["added"]) == (3, 3)
+    return str(tmp_path / "an.index")
+
+
+def test_options_reach_the_index_and_are_remembered(folder: str, invoke: Invoke, tmp_path: Path) -> None:
+    made = Manifest.read(Path(folder)).settings
+    assert (made.num_steps, made.chunk_tokens, made.chunk_overlap, made.column, made.id_column) == (
+        1, 8, 1, "body", "key",
+    )  # fmt: skip
+    corpus = str(tmp_path / "corpus.jsonl")
+    assert invoke("index", corpus, "-o", folder, "--json")["unchanged"] == 3
+    for option, value in (("--num-steps", "2"), ("--chunk-overlap", "0"), ("--instruction", "topic")):
+        with pytest.raises(UsageError, match="made with other settings"):
+            invoke("index", corpus, "-o", folder, option, value)
+    options = ("--overwrite", "--column", "body", "--chunk-tokens", "9", "--chunk-overlap", "0")
+    assert invoke("index", corpus, "-o", folder, *options, "--instruction", "topic", "--json")["added"] == 3
+    made = Manifest.read(Path(folder)).settings
+    assert (made.document_prompt, made.chunk_overlap, made.id_column, made.num_steps) == ("topic : ", 0, None, 2)
+    with pytest.raises(UsageError, match="exceed the model's longest input of 40"):
+        invoke("index", corpus, "-o", folder, "--overwrite", "--column", "body", "--chunk-tokens", "41")
+
+
+def test_bad_rows_and_approximate_search(tmp_path: Path, invoke: Invoke) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"word{n} and word{n % 9}" for n in range(300)) + "\n \nlast", encoding="utf-8")
+    options = ("--skip-bad", "--exact-below", "300", "--chunk-tokens", "8")
+    summary = invoke("index", str(corpus), "-o", str(tmp_path / "an.index"), *options, "--json")
+    assert (summary["skipped"], summary["documents"], summary["approximate"]) == (1, 301, True)
+    hits = [
+        invoke("search", str(tmp_path / "an.index"), "word17", *more, "--json")["hits"] for more in ((), ("--exact",))
+    ]
+    assert hits[0][0]["document_id"] == hits[1][0]["document_id"] == "18"
+
+
+def test_search(folder: str, invoke: Invoke, models: list[Any]) -> None:
+    models.clear()
+    found = invoke("search", folder, "honey bees", "--top", "2", "--json")
+    assert (found["num_steps"], found["hits"][0]["document_id"], len(found["hits"])) == (1, "bees", 2)
+    assert found["hits"][0]["metadata"] == {"kind": "insect"}
+    assert models == [None]
+    found = invoke("search", folder, "cats honey", "--mode", "text", "--where", "kind = 'mammal'", "--json")
+    assert [hit["chunk_id"] for hit in found["hits"]] == ["cats#0"]
+    assert models == [None], "full-text search loads no model"
+    shown = invoke("search", folder, "cats sleep all", "--mode", "vector", "--chunks", "--top", "1")
+    assert "cats#0" in shown
+    assert "cats sleep all day" in shown
+    steered = invoke("search", folder, "x", "--instruction", "ants dig nests", "--mode", "vector", "--json")
+    assert steered["hits"][0]["document_id"] == "ants"
+    again = invoke("search", folder, "honey", "--rerank-steps", "3", "--candidates", "1", "--top", "1", "--json")
+    assert again["hits"][0]["score"] == again["hits"][0]["similarity"]
+    models.clear()
+    for bad in (("--num-steps", "4"), ("--where", "nope = 1")):
+        with pytest.raises(UsageError):
+            invoke("search", folder, "cats", *bad)
+    assert models == [], "refused before a model is loaded"
+
+
+def test_rerank(invoke: Invoke, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    columns = ("--column", "body", "--id-column", "key")
+    found = invoke("rerank", "honey", str(texts), *columns, "--num-steps", "7", "--top", "2", "--json")
+    assert (found["num_steps"], len(found["results"])) == (7, 2)
+    assert (found["results"][0]["id"], found["results"][0]["index"]) == ("bees", 1)
+    assert invoke("rerank", "x", str(texts), *columns, "--instruction", "cats sleep").split()[2] == "cats"
+
+
+class Writer:
+    """In the backbone's place."""
+
+    def __init__(self, encoder: Any, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def write(self, messages: Any) -> Iterator[str]:
+        yield from ("They make ", f"honey [1] ({self.max_tokens}).")
+
+
+def test_ask(folder: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "BackboneWriter", Writer)
+    question = "what do bees make and build?"
+    found = invoke("ask", folder, question, "--min-score", "0.3", "--max-tokens", "9", "--json")
+    assert (found["answer"], found["found"]) == ("They make honey [1] (9).", True)
+    assert [(p["document_id"], p["cited"]) for p in found["passages"]] == [("bees", True)]
+    shown = invoke("ask", folder, question, "--min-score", "-1", "--top", "2")
+    assert shown.startswith("They make honey [1]")
+    assert "bees#0" in shown
+    assert len(shown.splitlines()) == 3
+    few = invoke("ask", folder, question, "--min-score", "-1", "--context-tokens", "2", "--json")
+    assert [p["text"] for p in few["passages"]] == ["bees build"]
+    nothing = invoke("ask", folder, question, "--min-score", "0.99", "--json")
+    assert (nothing["answer"], nothing["found"], nothing["passages"]) == ("Nothing relevant found.", False, [])
+    where = invoke("ask", folder, question, "--min-score", "-1", "--where", "kind = 'mammal'", "--json")
+    assert [p["document_id"] for p in where["passages"]] == ["cats"]
+    with pytest.raises(UsageError, match="--llm and --llm-model belong together"):
+        invoke("ask", folder, question, "--llm", "http://localhost:1")
+    with pytest.raises(GircseError, match="localhost:1/v1/chat/completions cannot be reached"):
+        invoke("ask", folder, question, "--min-score", "-1", "--llm", "http://localhost:1/v1", "--llm-model", "m")

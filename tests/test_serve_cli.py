@@ -1,0 +1,153 @@
+"""`gircse serve` as people start and stop it: flags and their environment variables, one-line errors, SIGTERM."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import gircse.serve.logs
+import gircse.serve.run
+from gircse.cli.serve import serve
+from gircse.errors import GircseError
+from gircse.serve.settings import ServeSettings
+from tests.serving import tiny_model
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(serve)
+
+
+@pytest.fixture(scope="module")
+def saved(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    tiny_model(backbone).save_pretrained(str(folder))
+    return str(folder)
+
+
+def served(monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str]) -> tuple[Any, Any]:
+    """The service that the command would run, and the result of the command."""
+    services: list[Any] = []
+    formats: list[bool] = []
+    monkeypatch.setattr(gircse.serve.logs, "configure_logging", lambda *, as_json: formats.append(as_json))
+    monkeypatch.setattr(gircse.serve.run, "run", lambda service, announce: services.append(service))
+    result = CliRunner().invoke(app, arguments, env=environment)
+    assert not services or formats == [services[0].settings.log_json]
+    return (services[0] if services else None), result
+
+
+def flags() -> dict[str, Any]:
+    hints = typing.get_type_hints(serve, include_extras=True)
+    return {name: hints[name].__metadata__[0] for name in inspect.signature(serve).parameters}
+
+
+def test_every_flag_has_an_environment_variable_and_every_setting_a_flag() -> None:
+    found = flags()
+    variables = [option.envvar for option in found.values()]
+    assert all(variables)
+    assert len(set(variables)) == len(variables)
+    singular = {"served_names": "served_name", "cors_origins": "cors_origin"}
+    assert {singular.get(field.name, field.name) for field in fields(ServeSettings)} <= set(found)
+
+
+def test_flags_and_variables_reach_the_service(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
+    wanted: dict[str, Any] = {
+        "host": "127.0.0.2", "port": 0, "api_key": "k", "num_steps": 2, "max_num_steps": 9, "max_tokens": 33,
+        "long_texts": "cut", "max_items": 7, "max_body_mb": 0.5, "max_requests": 11, "max_queue_texts": 99,
+        "request_timeout": 1.5, "grace_period": 2.5, "batch_tokens": 123, "log_json": True, "log_texts": True,
+        "served_names": ("one", "two"), "cors_origins": ("https://a.example", "https://b.example"),
+    }  # fmt: skip
+    assert set(wanted) == {field.name for field in fields(ServeSettings)}
+    names = {"served_names": "served_name", "cors_origins": "cors_origin"}
+    arguments, environment = ["--model", saved], {"GIRCSE_SERVE_MODEL": saved}
+    for name, value in wanted.items():
+        option = flags()[names.get(name, name)]
+        values = value if isinstance(value, tuple) else (value,)
+        for one in values:
+            arguments += ["--" + names.get(name, name).replace("_", "-")] + ([] if value is True else [str(one)])
+        environment[option.envvar] = "1" if value is True else " ".join(map(str, values))
+    for case in ((arguments, {}), ([], environment)):
+        service, result = served(monkeypatch, *case)
+        assert service is not None, result.output
+        assert service.settings == ServeSettings(**wanted)
+        assert service.limits.names == ("one", "two")
+        assert service.limits.batch_tokens == 123
+    service, _ = served(monkeypatch, ["--dtype", "bfloat16", "--device", "cpu", "--max-num-steps", "9"], environment)
+    assert str(next(service.model.parameters()).dtype) == "torch.bfloat16"
+    service, result = served(monkeypatch, ["--model", saved, "--max-num-steps", "9", "--host", "0.0.0.0"], {})
+    assert service.limits.names == ("tiny",)
+    assert "GIRCSE_API_KEY" in result.output
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "gircse", "serve", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_queue_and_exits_with_0(saved: str) -> None:
+    process = subprocess.Popen(
+        command("--model", saved, "--port", "0", "--max-num-steps", "16", "--batch-tokens", "64", "--log-json"),
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    assert process.stderr is not None
+    url, lines = "", []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"http://[0-9.:]+", line):
+            url = found[0]
+            break
+    assert url, "".join(lines)
+    # 150 batches of one row: seconds of work, most of which is queued when the signal comes.
+    answers: list[httpx.Response] = []
+    body = {"input": ["x" * 40] * 150, "num_steps": 16, "encoding_format": "base64"}
+    client = threading.Thread(
+        target=lambda: answers.append(httpx.post(url + "/v1/embeddings", json=body, timeout=60)), daemon=True
+    )
+    client.start()
+    while "gircse_tokens_total" not in httpx.get(url + "/metrics").text:
+        pass
+    assert not answers
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+    client.join(5)
+    assert answers
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["data"]) == 150
+    assert process.returncode == 0, rest
+    logged = [json.loads(line) for line in rest.splitlines() if line.startswith("{")]
+    assert {"stopping: finishing what is queued", "request"} <= {line["message"] for line in logged}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url + "/health")
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
+    monkeypatch.setattr(gircse.serve.logs, "configure_logging", lambda *, as_json: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["--model", saved, "--max-num-steps", "16", "--port", port])
+    assert isinstance(result.exception, GircseError)
+    assert re.fullmatch(rf"cannot listen on 127.0.0.1:{port} \(.+\); choose another .+", str(result.exception))
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi_offline", None)
+    result = CliRunner().invoke(app, [])
+    assert "gircse[serve]" in str(result.exception)
