@@ -34,9 +34,23 @@ def plan_batches(
     budget = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
     if budget < 1:
         raise UsageError(f"batch_tokens must be 1 or more, not {budget}")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches = _fill(order, lengths, num_steps, budget, max_batch)
+    if len(batches) > 1:
+        # The last batch takes what is left, often a few rows, and small batches are slow: even them out.
+        even = -(-sum((lengths[batch[0]] + num_steps) * len(batch) for batch in batches) // len(batches))
+        evened = _fill(order, lengths, num_steps, min(budget, even + lengths[order[0]] + num_steps), max_batch)
+        if len(evened) == len(batches):
+            return evened
+    return batches
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], num_steps: int, budget: int, max_batch: int | None
+) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in order:
         if room <= 0:
             longest = lengths[index] + num_steps
             room = max(1, budget // longest)

@@ -6,6 +6,7 @@ where weights are fetched from.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from gircse.search.rerank import RankedDocument
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer it"
 """The instruction of queries where neither the call nor the checkpoint names one."""
@@ -313,22 +316,43 @@ class GIRCSE(SentenceTransformer):
         self.eval()
         device = device or self.device
         steps = self.num_steps if num_steps is None else num_steps
-        batches = plan_batches([len(ids) for ids in tokenized.ids], steps, batch_tokens, max_batch)
-        rows: list[Tensor | None] = [None] * len(tokenized)
-        with tqdm(total=len(tokenized), desc="Texts", unit="text", disable=not show_progress_bar) as bar:
-            for batch in batches:
-                features = self.encoder.pad([tokenized.ids[index] for index in batch])
+        unique = {ids: index for index, ids in enumerate(dict.fromkeys(map(tuple, tokenized.ids)))}
+        texts = list(unique)  # a text that occurs twice is embedded once
+        batches = plan_batches([len(ids) for ids in texts], steps, batch_tokens, max_batch)
+        if not texts:
+            shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
+            return torch.empty(0, *shape[feature], self.encoder.get_embedding_dimension())
+        rows: list[Tensor | None] = [None] * len(texts)
+        with tqdm(total=len(texts), desc="Texts", unit="text", disable=not show_progress_bar) as bar:
+            while batches:
+                batch = batches.pop(0)
+                features = self.encoder.pad([texts[index] for index in batch])
                 features = {name: value.to(device) for name, value in features.items()}
-                values = (
-                    self(features, num_steps=steps)[feature].float().cpu().contiguous()
-                )  # a copy: a view would keep every step
+                try:
+                    out = self(features, num_steps=steps)[feature]
+                    values = out.float().cpu().contiguous()  # a copy: a view would keep every step
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    batches[:0] = self._smaller_batches(batch, error)
+                    continue
                 for index, row in zip(batch, values, strict=True):
                     rows[index] = row
                 bar.update(len(batch))
-        if not rows:
-            shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
-            return torch.empty(0, *shape[feature], self.encoder.get_embedding_dimension())
-        return torch.stack(cast("list[Tensor]", rows))
+        return torch.stack([cast(Tensor, rows[unique[tuple(ids)]]) for ids in tokenized.ids])
+
+    def _smaller_batches(self, batch: list[int], error: Exception) -> list[list[int]]:
+        """The halves of a batch that did not fit into memory; warns once a model. Other errors are raised."""
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise error
+        if not getattr(self, "_told_of_memory", False):
+            self._told_of_memory = True
+            logger.warning(
+                "out of memory with %d texts in a batch: going on with half; a smaller batch_tokens avoids this",
+                len(batch),
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
 
     def get_model_kwargs(self) -> list[str]:
         """Arguments that `encode` takes besides those of every SentenceTransformer."""
@@ -416,6 +440,12 @@ class GIRCSE(SentenceTransformer):
             f"{model_name_or_path} is no saved GIRCSE model; GIRCSE.from_backbone({model_name_or_path!r}) makes an "
             "untrained one from a decoder"
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on any device: the CPU's is a plain RuntimeError."""
+    told = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def pretrained_path() -> str:

@@ -67,7 +67,7 @@ def refine(
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
     longest = max(prompt.mask.shape[1] for prompt in prompts)
-    cache = join_caches(caches, longest)
+    cache = join_caches(caches, longest, room=num_steps)
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
     length = mask.sum(dim=1, keepdim=True)  # (B, 1)
     mask = F.pad(mask, (0, num_steps), value=1)

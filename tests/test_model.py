@@ -260,3 +260,52 @@ def _shared_model() -> GIRCSE:
             GIRCSE.from_backbone(str(tiny_backbone(Path(mkdtemp()))), num_steps=3, max_seq_length=48, device="cpu")
         )
     return _MODELS[0]
+
+
+def test_a_text_that_occurs_twice_is_embedded_once(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = type(model.encoder).forward
+
+    def count(self: object, features: dict, **kwargs: object) -> dict:
+        seen.append(len(features["input_ids"]))
+        return original(self, features, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.encoder), "forward", count)
+    vectors = model.encode(["cat", "dog", "cat", "cat"])
+    assert sum(seen) == 2
+    assert (vectors[0] == vectors[2]).all()
+    assert not (vectors[0] == vectors[1]).all()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError()]
+)
+def test_out_of_memory_halves_the_batch(
+    model: GIRCSE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    texts = [f"text number {i}" for i in range(13)]
+    expected = model.encode(texts)
+    original = type(model.encoder).forward
+
+    def small_machine(self: object, features: dict, **kwargs: object) -> dict:
+        if len(features["input_ids"]) > 3:
+            raise error
+        return original(self, features, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.encoder), "forward", small_machine)
+    np.testing.assert_allclose(model.encode(texts), expected, rtol=1e-4, atol=1e-5)
+    assert [record.message for record in caplog.records if "out of memory" in record.message] == [
+        "out of memory with 13 texts in a batch: going on with half; a smaller batch_tokens avoids this"
+    ]
+
+    def broken(self: object, features: dict, **kwargs: object) -> dict:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(type(model.encoder), "forward", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        model.encode(texts)
+
+
+def test_batches_are_of_even_size() -> None:
+    batches = plan_batches([10] * 33, 0, 320)
+    assert [len(batch) for batch in batches] == [17, 16], "not 32 and 1"
