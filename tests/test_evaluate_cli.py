@@ -1,0 +1,124 @@
+"""`gircse evaluate` and `gircse report` as people call them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from peft import LoraConfig
+from typer.testing import CliRunner
+
+from gircse.cli.evaluate import evaluate, parse_steps
+from gircse.cli.report import report
+from gircse.errors import GircseError, InputDataError, UsageError
+from gircse.evaluate.results import read_results
+from gircse.model import GIRCSE
+from tests.task_folders import write_all, write_rows
+from tests.tiny import tiny_backbone
+
+app = typer.Typer()
+app.command("evaluate")(evaluate)
+app.command("report")(report)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models that differ in their adapters."""
+    folder = tiny_backbone(tmp_path_factory.mktemp("backbone"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    paths = []
+    for name in ("first", "second"):
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = GIRCSE.from_backbone(str(folder), num_steps=2, max_seq_length=200, lora=lora, device="cpu")
+        paths.append(str(tmp_path_factory.mktemp("models") / name))
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+def call(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, GircseError):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+@pytest.mark.slow
+def test_from_folders_to_a_report(saved: list[str], tmp_path: Path) -> None:
+    data, output, page = tmp_path / "data", tmp_path / "results", tmp_path / "page" / "report.html"
+    write_all(data)
+    words = tmp_path / "words.yaml"
+    words.write_text("STSBenchmark: [Look at the numbers]\n")
+    command = ["evaluate", "--tasks", "STSBenchmark,MyFacets", "--data", data, "-o", output, "--model", saved[0]]
+    command += ["--against", saved[1], "--num-steps", "0-2", "--perturb", "typos", "--instructions", words, "--json"]
+    code, out = call(*command)
+    assert code == 0
+    events = json.loads(out)
+    assert {event["model"] for event in events} == {"local/first", "local/second"}
+    assert [score["num_steps"] for score in events[0]["scores"]] == [0, 1, 2]
+    assert all(event["new"] for event in events)
+    code, out = call(*command)
+    assert code == 0
+    assert not any(event["new"] for event in json.loads(out))
+
+    code, out = call("report", output, "-o", page)
+    assert code == 0
+    assert "STSBenchmark" in out
+    assert "first K=2" in out
+    html = page.read_text()
+    assert not re.search(r'(src|href)="(?!#)', html)
+    assert "@import" not in html
+    assert html.count("<svg") == len(list((tmp_path / "page" / "report_plots").glob("*.png"))) >= 4
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    for text in ("What each step buys", "Following instructions", "wording", "Robustness", "spell", "first K=2 minus"):
+        assert text in html, text
+    shown = json.loads(call("report", output, "--json")[1])
+    assert {row["perturbation"] for row in shown} == {None, "typos"}
+    results = read_results(output)
+    found = results.comparison("STSBenchmark", "first K=2", "second K=2")
+    assert found is not None
+    assert found.n == 23
+    assert found.difference == pytest.approx(
+        (results.by_cell["STSBenchmark", "first K=2"].score - results.by_cell["STSBenchmark", "second K=2"].score)
+        / 100,
+        abs=1e-4,
+    )
+
+
+def test_a_failed_task_exits_1_and_says_why(
+    saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "STS12" / "test.jsonl", [{"sentence1": "a"}])
+    result = CliRunner().invoke(
+        app, ["evaluate", "--tasks", "STS12", "--data", str(tmp_path), "-o", str(tmp_path / "o"), "--model", saved[0]]
+    )
+    assert result.exit_code == 1
+
+
+def test_wrong_calls(tmp_path: Path) -> None:
+    for arguments, said in (
+        (["--tasks", "STS12", "--suite", "dev"], "either --tasks or --suite"),
+        (["--tasks", "STS12", "--num-steps", "5-2"], "no list of steps"),
+        (["--tasks", "STS12", "--perturb", "rain"], "unknown --perturb rain"),
+        (["--tasks", "STS12", "--data", str(tmp_path / "none")], "no such folder"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            call("evaluate", "-o", tmp_path, *arguments)
+    with pytest.raises(GircseError, match="holds no results"):
+        call("report", tmp_path)
+    words = tmp_path / "words.yaml"
+    words.write_text("STS12: not a list\n")
+    (tmp_path / "STS12").mkdir()
+    with pytest.raises(InputDataError, match="map tasks to such lists"):
+        call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+
+
+def test_lists_of_steps() -> None:
+    assert parse_steps(None) is None
+    assert parse_steps("5") == [5]
+    assert parse_steps("0, 2,1") == [0, 1, 2]
+    assert parse_steps("1-3,8") == [1, 2, 3, 8]
