@@ -216,7 +216,7 @@ def test_the_mixture_shares_out_a_total(folder: Path, backbone: Path) -> None:
     with pytest.raises(GircseError, match="there is none"):
         load_recipe(write(folder, content))
     del content["data"]["examples"], content["data"]["sources"][0]["examples"]
-    with pytest.raises(GircseError, match="give examples for a, or a total"):
+    with pytest.raises(GircseError, match="give examples for rows/a, or a total"):
         load_recipe(write(folder, content))
 
 
@@ -274,3 +274,34 @@ def test_a_plan_counts_what_the_run_will_do(folder: Path, backbone: Path) -> Non
     assert encoder_only.memory_bytes < plan.memory_bytes
     content["training"]["micro_batch_size"] = 2
     assert plan_training(load_recipe(write(folder, content))).memory_bytes < encoder_only.memory_bytes
+
+
+def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone: Path) -> None:
+    """A local folder stands in for the hub: `datasets` loads both in the same way."""
+    place = folder / "set"
+    place.mkdir()
+    flag = [
+        {"prompt": row["instruction"], "type": row["task"], **{k: row[k] for k in ("query", "pos", "neg")}}
+        for row in ROWS
+    ]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flag))
+    content = values(folder, backbone)
+    content["data"]["sources"] = [{"hub": str(place), "task": "b", "examples": 8, "negatives": 1, "licence": "x"}]
+    data = load_training_data(load_recipe(write(folder, content)))
+    (rows,) = data.values()
+    assert len(rows) == 8
+    assert all(text.startswith("Instruct: do b\nQuery:query ") for text in rows["anchor"])
+    content["data"]["sources"][0]["hub"] = str(folder / "nowhere")
+    with pytest.raises(GircseError, match="cannot be loaded"):
+        load_training_data(load_recipe(write(folder, content)))
+    del content["data"]["sources"][0]["examples"]
+    with pytest.raises(GircseError, match="give its number of examples"):
+        load_recipe(write(folder, content))
+    content["data"]["sources"] = [{"file": "rows", "hub": "x/y", "licence": "x", "examples": 1}]
+    with pytest.raises(GircseError, match="either file or hub"):
+        load_recipe(write(folder, content))
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_in_the_repository_is_valid(recipe: Path) -> None:
+    load_recipe(recipe)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
-from gircse.errors import GircseError, InputDataError, MissingExtraError
+from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
 from gircse.train.recipe import Recipe, Source
 
 try:
@@ -30,23 +31,25 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputDataError: A row is no JSON object, or lacks a field; with file and line.
     """
-    for number, row in enumerate(_raw_rows(path), start=1):
+    return _checked_rows(_raw_rows(path), str(path))
+
+
+def _checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
         if isinstance(row, str):
             try:
                 row = json.loads(row)
             except json.JSONDecodeError as error:
-                raise InputDataError(
-                    str(path), number, f"not JSON ({error.msg}); one object a line is expected"
-                ) from None
+                raise InputDataError(source, number, f"not JSON ({error.msg}); one object a line is expected") from None
         if not isinstance(row, dict):
-            raise InputDataError(str(path), number, "not a JSON object; one object a line is expected")
+            raise InputDataError(source, number, "not a JSON object; one object a line is expected")
         for key, kind in (("task", str), ("instruction", str), ("query", str), ("pos", list)):
             if not isinstance(row.get(key), kind) or not row[key]:
-                raise InputDataError(str(path), number, f"{key!r} must be a non-empty {kind.__name__}")
+                raise InputDataError(source, number, f"{key!r} must be a non-empty {kind.__name__}")
         row["neg"] = [] if row.get("neg") is None else row["neg"]
         for key in ("pos", "neg"):
             if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise InputDataError(str(path), number, f"{key!r} must be a list of texts")
+                raise InputDataError(source, number, f"{key!r} must be a list of texts")
         yield row
 
 
@@ -67,6 +70,8 @@ def source_path(folder: Path, source: Source) -> Path:
     Raises:
         GircseError: It is not there.
     """
+    if source.file is None:
+        raise UsageError(f"{source.hub} is on the hub, not a file")
     for suffix in (".jsonl.zst", ".jsonl", ".parquet"):
         path = folder / f"{source.file}{suffix}"
         if path.is_file():
@@ -92,15 +97,15 @@ def load_training_data(recipe: Recipe) -> DatasetDict:
     for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
         if len(rows) < count:
             raise GircseError(
-                f"{source_path(recipe.data.folder, source)}: {len(rows)} rows of {source.task} have {source.negatives} "
-                f"negatives, the recipe asks for {count}; lower examples or negatives"
+                f"{source.name}: {len(rows)} rows of {source.task} have {source.negatives} negatives, the recipe asks "
+                f"for {count}; lower examples or negatives"
             )
         if not count:
             continue
         # A generator of the source's own: adding a source does not change the rows of the others.
-        generator = random.Random(f"{recipe.seed}/{source.file}/{source.task}")
+        generator = random.Random(f"{recipe.seed}/{source.name}")
         drawn = generator.sample(rows, count)
-        result[f"{source.file}/{source.task}"] = Dataset.from_list([_columns(row, source, generator) for row in drawn])
+        result[source.name] = Dataset.from_list([_columns(row, source, generator) for row in drawn])
     return result
 
 
@@ -108,19 +113,49 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
     """For every source of the recipe, its task's rows that have enough negatives. Each file is read once."""
     wanted: dict[Path, dict[str, list[dict[str, Any]]]] = {}
     for source in recipe.data.sources:
-        wanted.setdefault(source_path(recipe.data.folder, source), {})[source.task] = []
+        if source.file is not None:
+            wanted.setdefault(source_path(recipe.data.folder, source), {})[str(source.task)] = []
     for path, tasks in wanted.items():
         for row in read_rows(path):
             if row["task"] in tasks:
                 tasks[row["task"]].append(row)
     return [
-        [
+        _hub_rows(source, recipe.seed)
+        if source.file is None
+        else [
             row
-            for row in wanted[source_path(recipe.data.folder, source)][source.task]
+            for row in wanted[source_path(recipe.data.folder, source)][str(source.task)]
             if len(row["neg"]) >= source.negatives
         ]
         for source in recipe.data.sources
     ]
+
+
+def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
+    """The first usable rows of a data set on the hub, streamed through a shuffling buffer.
+
+    Raises:
+        GircseError: The hub cannot be reached, or there is no such data set.
+    """
+    from datasets import load_dataset
+
+    name = str(source.hub)
+    try:
+        stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        rows = _checked_rows((_renamed(row, name) for row in stream), name)
+        usable = (row for row in rows if source.task in (None, row["task"]) and len(row["neg"]) >= source.negatives)
+        return list(islice(usable, source.examples))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GircseError(f"the data set {name} cannot be loaded ({reason}); is the hub reachable?") from error
+
+
+def _renamed(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        **row,
+        "instruction": row.get("instruction") or row.get("prompt"),
+        "task": row.get("task") or row.get("type") or name,
+    }
 
 
 def example_counts(recipe: Recipe, available: list[int]) -> list[int]:

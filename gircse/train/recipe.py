@@ -57,8 +57,10 @@ class Source(_Section):
     """Rows of one task in one file.
 
     Attributes:
-        file: Below the data folder, without ``.jsonl`` or ``.jsonl.zst``.
-        task: The ``task`` of the rows.
+        file: Below the data folder, without ``.jsonl``, ``.jsonl.zst`` or ``.parquet``.
+        hub: Instead of a file, a data set on the hub (or a folder that `datasets` loads), streamed and shuffled in a
+            buffer. Rows may name their instruction ``prompt`` and their task ``type``, as FlagEmbedding's do.
+        task: The ``task`` of the rows; with `hub` it may be left out for all rows.
         examples: How many, drawn without replacement with the recipe's seed; the mixture decides where not given.
         licence: Of the text; it goes into the model card.
         symmetric: Passages carry the instruction too.
@@ -66,13 +68,29 @@ class Source(_Section):
         negatives: Hard negatives a row; rows with fewer are left out.
     """
 
-    file: str
-    task: str
+    file: str | None = None
+    hub: str | None = None
+    task: str | None = None
     examples: int | None = Field(default=None, ge=1)
     licence: str
     symmetric: bool = False
     in_batch_negatives: bool = True
     negatives: int = Field(default=0, ge=0)
+
+    @property
+    def name(self) -> str:
+        """Of the data set that the rows become: file or hub id, and task."""
+        return "/".join(part for part in (self.file or self.hub, self.task) if part)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("give either file or hub")
+        if self.file is not None and self.task is None:
+            raise ValueError("name the task of the file's rows")
+        if self.hub is not None and self.examples is None:
+            raise ValueError("a source on the hub is streamed: give its number of examples")
+        return self
 
     @model_validator(mode="after")
     def _something_to_contrast(self) -> Source:
@@ -89,7 +107,7 @@ class DataSection(_Section):
         mixture_temperature: Those are shared out in proportion to size^(1/T): 1 is proportional, large values uniform.
     """
 
-    folder: Path
+    folder: Path = Path("data/train")
     examples: int | None = Field(default=None, ge=1)
     mixture_temperature: float = Field(default=1.0, gt=0)
     max_seq_length: int = Field(
@@ -99,7 +117,7 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _numbers_of_examples(self) -> DataSection:
-        open_sources = [source.task for source in self.sources if source.examples is None]
+        open_sources = [source.name for source in self.sources if source.examples is None]
         if open_sources and self.examples is None:
             raise ValueError(f"give examples for {open_sources[0]}, or a total in data.examples")
         if self.examples is not None and not open_sources:

@@ -105,13 +105,13 @@ def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, IC
     if micro_batch is not None:
         options["mini_batch_size"] = micro_batch
     kind = ICRLoss if micro_batch is None else CachedICRLoss
-    own = {f"{source.file}/{source.task}": source.in_batch_negatives for source in recipe.data.sources}
+    own = {source.name: source.in_batch_negatives for source in recipe.data.sources}
     return {name: kind(model, in_batch_negatives=own[name], **options) for name in names}
 
 
 def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
     """What the checkpoint remembers of its run: the recipe, and the checksums of the data files."""
-    files = {source_path(recipe.data.folder, source) for source in recipe.data.sources}
+    files = {source_path(recipe.data.folder, source) for source in recipe.data.sources if source.file is not None}
     return {
         "gircse": __version__,
         "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}}),
