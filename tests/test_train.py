@@ -302,6 +302,21 @@ def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone:
         load_recipe(write(folder, content))
 
 
+def test_set_replaces_values_of_the_recipe(folder: Path, backbone: Path) -> None:
+    path = write(folder, values(folder, backbone))
+    recipe = load_recipe(path, {"model.pooling": "last", "lora": "null", "loss.matryoshka_dims": "[8, 16]"})
+    assert (recipe.model.pooling, recipe.lora, recipe.loss.matryoshka_dims) == ("last", None, [8, 16])
+    with pytest.raises(GircseError, match=r"unknown key model.pool; did you mean pooling\?"):
+        load_recipe(path, {"model.pool": "last"})
+    with pytest.raises(GircseError, match="is a value, not a section"):
+        load_recipe(path, {"seed.x": 1})
+    verb = import_module("gircse.cli.train").train
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        verb(path, folder / "out", changes=["seed"])
+    verb(path, folder / "out", changes=["model.num_steps=1"], json_output=True)
+    assert GIRCSE(str(folder / "out"), device="cpu").num_steps == 1
+
+
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_in_the_repository_is_valid(recipe: Path) -> None:
     load_recipe(recipe)

@@ -26,6 +26,9 @@ def train(
     num_steps: Annotated[
         int | None, typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only baseline.")
     ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     dry_run: Annotated[
         bool,
@@ -45,10 +48,16 @@ def train(
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first --resume
       gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first-k0 --num-steps 0
+      gircse train recipes/smollm2-135m-first.yaml -o runs/last --set model.pooling=last --set loss.temperature=0.05
     """
     if output is None and not dry_run:
         raise UsageError("name the folder of the trained model with -o, or look first with --dry-run")
     overrides: dict[str, Any] = {}
+    for change in changes or ():
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes KEY=VALUE, e.g. training.learning_rate=1e-4, not {change!r}")
+        overrides[key] = value
     if data is not None:
         overrides["data.folder"] = str(data)
     if num_steps is not None:

@@ -166,7 +166,8 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: Values by dotted key, e.g. ``{"model.num_steps": 0}``, which replace the file's.
+        overrides: Values by dotted key, e.g. ``{"model.num_steps": 0}``, which replace the file's; texts are read as
+            YAML.
 
     Raises:
         GircseError: The file is not there, is no YAML, or a key is unknown (the nearest valid name is given) or holds
@@ -185,7 +186,9 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         section = values
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[last] = value
+            if not isinstance(section, dict):
+                raise GircseError(f"{path}: {parent} in {key} is a value, not a section")
+        section[last] = yaml.safe_load(value) if isinstance(value, str) else value
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
