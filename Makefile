@@ -33,6 +33,7 @@ lint: $(VENV)/.dev             ## ruff and pyright
 fix: $(VENV)/.dev              ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/make_cli_reference.py
 
 bench: $(VENV)/.dev            ## speed, memory, kills; DATA=folder of the evaluation data
 	$(BIN)/python benchmarks/encode_speed.py --data $(or $(DATA),data/eval)
