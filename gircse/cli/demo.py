@@ -74,10 +74,14 @@ def demo(
     console.print(f"[dim]{escape(loaded.format_instruction(INSTRUCTION))}[/]{escape(question)}\n", highlight=False)
     console.print(soft_token_table(loaded.explain(question, instruction=INSTRUCTION, num_steps=max(STEPS))), "")
 
+    console.rule("[bold]5  The same weights write an answer")
+    facts["answer"] = _answer(loaded, corpus, documents, console)
+
     console.rule("[bold]Next")
     console.print(
-        '  gircse similarity "a cat sleeps" "a kitten naps" --num-steps 20\n'
         "  gircse embed YOUR.jsonl -o YOUR.parquet            any size; --resume after an interruption\n"
+        "  gircse index YOUR.jsonl -o YOUR.index              then: gircse search, gircse ask\n"
+        "  gircse serve                                       OpenAI's interface and a playground\n"
         '  gircse explain "your text" --instruction "what it should be about"\n'
         "  gircse train recipes/smollm2-135m-first.yaml ...   your own adapter\n",
         highlight=False,
@@ -140,3 +144,33 @@ def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) ->
     console.print(f"{len(foreign)} of the sentences are French, German and Spanish, six topics alike:\n")
     console.print(table, "")
     return shares
+
+
+def _answer(model: GIRCSE, corpus: Sequence[dict[str, str]], documents: np.ndarray, console: Console) -> dict[str, Any]:
+    """Retrieve with the adapter, write with the plain backbone, cite the passages."""
+    from gircse.search.answer import BackboneWriter, answer, cited
+    from gircse.search.search import SearchHit
+
+    question = next(iter(QUESTIONS))
+    query = model.encode_query(
+        question, instruction=INSTRUCTION, num_steps=max(STEPS), normalize_embeddings=True
+    )  # (d,)
+    scores = documents[:, -1] @ query
+    hits = []
+    for index in (-scores).argsort()[:3].tolist():
+        name, score = corpus[index]["id"], float(scores[index])
+        hits.append(SearchHit(name, f"{name}#0", score, score, corpus[index]["text"]))
+    writer = BackboneWriter(model.encoder)
+    result = answer(question, hits, writer, writer.count_tokens)
+    console.print(f"[bold]{escape(question)}[/]  ", end="")
+    text = ""
+    for piece in result.pieces:
+        text += piece
+        console.print(escape(piece), end="", highlight=False, soft_wrap=True)
+    console.print()
+    sources = cited(text, result.passages)
+    for passage in result.passages:
+        style = "bold" if passage in sources else "dim"
+        console.print(f"  [{style}]\\[{passage.number}][/] {escape(passage.text)}", highlight=False)
+    console.print("[dim]A small model writes modest answers; the cited passages are what counts.[/]\n")
+    return {"question": question, "text": text.strip(), "cited": [passage.hit.document_id for passage in sources]}
