@@ -105,6 +105,15 @@ def dynamic_cache(model: GIRCSE, ids: Tensor, mask: Tensor, num_steps: int) -> T
     return torch.stack(states, dim=1)
 
 
+def with_adapter_apart(model: GIRCSE, texts: list[str], prompt: str) -> object:
+    """This project's `encode` with the LoRA layers beside the weights instead of folded into them."""
+    model.encoder.fold_adapter = False
+    found = model.encode(texts, prompt=prompt, num_steps=5)
+    model.encoder.fold_adapter = True
+    model.encoder.settle_adapter()
+    return found
+
+
 def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: str | None) -> dict[str, Encode]:
     """What is compared, by name."""
     prompt = "" if instruction is None else model.format_instruction(instruction)
@@ -113,6 +122,7 @@ def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: st
         "encoder": lambda: encoder.encode(texts, prompt=prompt, batch_size=BATCH),
         "encode K=0": lambda: model.encode(texts, prompt=prompt, num_steps=0),
         "encode K=5": lambda: model.encode(texts, prompt=prompt, num_steps=5),
+        "encode, adapter apart K=5": lambda: with_adapter_apart(model, texts, prompt),
         "encode K=20": lambda: model.encode(texts, prompt=prompt, num_steps=20),
         "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache),
         "recompute K=5": lambda: in_batches(model, texts, prompt, 5, recompute),
