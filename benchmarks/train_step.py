@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --tokens 32,128,512 --steps 3,5,10 --repeats 5
 
 A step is forward, loss and backward; LoRA on SmolLM2-135M, queries and passages of random tokens, all of one length.
-``recompute`` runs the whole sequence through the model again for every soft token, logits at all positions;
-``dynamic cache`` is a plain loop over transformers' cache. The four are timed in turn within one process, and the
+``ICR, peft's LoRA`` is ICR without the fused LoRA
+layers of training. ``recompute`` runs the whole sequence through the model again for every soft token, logits at all positions;
+``dynamic cache`` is a plain loop over transformers' cache. All are timed in turn within one process, and the
 medians compared. Peak memory is that of a fresh process each, beyond the loaded model. Prints a table, writes
 benchmarks/results/train_step.json.
 """
@@ -35,9 +36,10 @@ from transformers import DynamicCache
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 from gircse.refiner import pool_steps
+from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops
 
-VARIANTS = ("encoder-only", "ICR", "dynamic cache", "recompute")
+VARIANTS = ("encoder-only", "ICR", "ICR, peft's LoRA", "dynamic cache", "recompute")
 Step = Callable[[], None]
 
 
@@ -71,6 +73,11 @@ def make_step(variant: str, model: GIRCSE, batch: list[dict[str, Tensor]], num_s
         model.zero_grad(set_to_none=True)
         if variant in ("encoder-only", "ICR"):
             model.num_steps = num_steps if variant == "ICR" else 0
+            with fused_lora(model):
+                loss(batch).backward()
+            return
+        if variant == "ICR, peft's LoRA":
+            model.num_steps = num_steps
             loss(batch).backward()
             return
         states = (recompute if variant == "recompute" else dynamic_cache)(model, ids, num_steps)

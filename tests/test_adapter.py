@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig
 
 from gircse import GIRCSE
 from gircse.adapter import adapter_off, lora_layers
+from gircse.train.fused_lora import fused_lora
 
 TEXTS = ["a cat", "a much longer text about dogs and cats", "x"]
 
@@ -73,3 +75,31 @@ def test_switched_off_it_is_the_plain_backbone(adapted: GIRCSE, backbone: Path, 
     torch.testing.assert_close(adapted.encode(TEXTS, convert_to_tensor=True), before, rtol=1e-4, atol=1e-5)
     assert places == [layer.get_base_layer().weight.data_ptr() for layer in lora_layers(adapted.encoder.backbone)]
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"use_dora": True}, False), ({"lora_dropout": 0.1}, False), ({"lora_bias": True}, False)],
+)
+def test_fused_layers_have_the_same_values_and_gradients(backbone: Path, options: dict[str, Any], fused: bool) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora, device="cpu").train()
+    features = model.encoder.preprocess(TEXTS)
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = model(dict(features))["step_embeddings"]
+        (out * torch.arange(out.shape[-1])).sum().backward()
+        return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = run()
+    with fused_lora(model) as layers:
+        assert (layers > 0) == fused
+        found, others = run()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert others.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
+    assert not any("forward" in vars(layer) for layer in lora_layers(model.encoder.backbone)), "nothing is left behind"

@@ -20,6 +20,7 @@ from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.data import load_training_data, source_path
+from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe
 
 try:
@@ -68,7 +69,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         loss=losses,
         callbacks=[_StepLosses(losses, report)],
     )
-    trainer.train(resume_from_checkpoint=last if resume else None)
+    with fused_lora(model):
+        trainer.train(resume_from_checkpoint=last if resume else None)
     model.max_seq_length = recipe.model.max_seq_length
     model.save_pretrained(str(output))
     return model
