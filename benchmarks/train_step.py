@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --tokens 32,128,512 --steps 3,5,10 --repeats 5
 
 A step is forward, loss and backward; LoRA on SmolLM2-135M, queries and passages of random tokens, all of one length.
-``ICR, peft's LoRA`` is ICR without the fused LoRA
-layers of training. ``recompute`` runs the whole sequence through the model again for every soft token, logits at all positions;
-``dynamic cache`` is a plain loop over transformers' cache. All are timed in turn within one process, and the
-medians compared. Peak memory is that of a fresh process each, beyond the loaded model. Prints a table, writes
+``ICR, peft's LoRA`` is ICR without the fused LoRA layers of training. ``recompute`` runs the whole sequence through the
+model again for every soft token, logits at all positions; ``dynamic cache`` is a plain loop over transformers' cache.
+All are timed in turn within one process, and the medians compared. Peak memory is that of a fresh process each, beyond
+the loaded model. Prints a table, writes
 benchmarks/results/train_step.json.
 """
 
