@@ -23,7 +23,7 @@ demo: $(VENV)/.base            ## a guided tour with the shipped model
 install: $(VENV)/.dev          ## everything for development
 
 test: $(VENV)/.dev             ## the default test run, the real 135M model included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev             ## ruff and pyright
 	$(BIN)/ruff check .

@@ -117,8 +117,8 @@ def test_help_is_quick_and_every_verb_has_examples() -> None:
         assert "[bold]Examples[/bold]" in (command.callback.__doc__ or "")
     helped = subprocess.run([sys.executable, "-m", "gircse", "--help"], capture_output=True, text=True, check=False)
     assert helped.returncode == 0
-    for verb in ("demo", "embed", "similarity", "explain", "train", "info"):
-        assert verb in helped.stdout
+    for verb in gircse.cli.VERBS:
+        assert verb.__name__ in helped.stdout
 
 
 @pytest.mark.slow
@@ -133,5 +133,7 @@ def test_demo_tells_what_it_computed(monkeypatch: pytest.MonkeyPatch, capsys: py
     topic, language = facts["facets"]["topic"], facts["facets"]["language"]
     assert all(0 <= share <= 1 for shares in (topic, language) for share in shares.values())
     assert topic != language, "an instruction changes who is whose neighbour"
+    assert facts["answer"]["text"] in " ".join(err.split()), "what was written is what is told"
+    assert "en-193" in facts["answer"]["cited"], "the answer cites the passage that answers"
     for text in ("coldest place", "soft tokens", "gircse embed"):
         assert text in err

@@ -27,6 +27,7 @@ QUESTIONS = {
     "How long is the Amazon?": "en-683",
     "Which organ pumps blood through the body?": "en-193",
 }
+ASKED = "Which organ pumps blood through the body?"
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 FACETS = {
     "topic": "Represent the sentence by its topic, such as sports, politics, health or travel",
@@ -151,18 +152,15 @@ def _answer(model: GIRCSE, corpus: Sequence[dict[str, str]], documents: np.ndarr
     from gircse.search.answer import BackboneWriter, answer, cited
     from gircse.search.search import SearchHit
 
-    question = next(iter(QUESTIONS))
-    query = model.encode_query(
-        question, instruction=INSTRUCTION, num_steps=max(STEPS), normalize_embeddings=True
-    )  # (d,)
+    query = model.encode_query(ASKED, instruction=INSTRUCTION, num_steps=max(STEPS), normalize_embeddings=True)  # (d,)
     scores = documents[:, -1] @ query
     hits = []
     for index in (-scores).argsort()[:3].tolist():
         name, score = corpus[index]["id"], float(scores[index])
         hits.append(SearchHit(name, f"{name}#0", score, score, corpus[index]["text"]))
     writer = BackboneWriter(model.encoder)
-    result = answer(question, hits, writer, writer.count_tokens)
-    console.print(f"[bold]{escape(question)}[/]  ", end="")
+    result = answer(ASKED, hits, writer, writer.count_tokens)
+    console.print(f"[bold]{escape(ASKED)}[/]  ", end="")
     text = ""
     for piece in result.pieces:
         text += piece
@@ -173,4 +171,4 @@ def _answer(model: GIRCSE, corpus: Sequence[dict[str, str]], documents: np.ndarr
         style = "bold" if passage in sources else "dim"
         console.print(f"  [{style}]\\[{passage.number}][/] {escape(passage.text)}", highlight=False)
     console.print("[dim]A small model writes modest answers; the cited passages are what counts.[/]\n")
-    return {"question": question, "text": text.strip(), "cited": [passage.hit.document_id for passage in sources]}
+    return {"question": ASKED, "text": text.strip(), "cited": [passage.hit.document_id for passage in sources]}
