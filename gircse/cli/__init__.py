@@ -21,6 +21,7 @@ from gircse.cli.evaluate import evaluate
 from gircse.cli.explain import explain
 from gircse.cli.index import index
 from gircse.cli.info import info
+from gircse.cli.map import map
 from gircse.cli.mine import mine
 from gircse.cli.report import report
 from gircse.cli.rerank import rerank
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    demo, embed, similarity, explain, index, search, rerank, ask, evaluate, report, train, mine, serve, info,
+    demo, embed, similarity, explain, index, search, rerank, ask, map, evaluate, report, train, mine, serve, info,
 )  # fmt: skip
 for command in VERBS:
     app.command(command.__name__)(command)
@@ -66,6 +67,7 @@ def _gircse(
       gircse embed corpus.jsonl -o corpus.parquet    any size, resumable
       gircse explain "who wrote Hamlet?"             what the soft tokens say
       gircse index corpus.jsonl -o corpus.index      then search, ask
+      gircse map corpus.parquet --texts corpus.jsonl -o map.html
       gircse evaluate --suite dev --data DIR -o OUT  MTEB's protocol
       gircse serve                                   OpenAI's interface
 

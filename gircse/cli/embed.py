@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from gircse.batches import DEFAULT_BATCH_TOKENS
 from gircse.cli.common import (
     DebugOption,
     DeviceOption,
+    Dtype,
     DtypeOption,
     InstructionOption,
     JsonOption,
@@ -31,14 +32,13 @@ from gircse.cli.common import (
     stderr,
 )
 from gircse.embed import DEFAULT_SHARD_SIZE, InputFormat, Precision
-from gircse.errors import UsageError
+from gircse.errors import GircseError, UsageError
 
 if TYPE_CHECKING:
     from gircse.embed.job import EmbedSettings, EmbedSummary, Progress
-    from gircse.embed.reader import BadRows
     from gircse.model import GIRCSE
 
-_INPUT, _OUTPUT = "Input", "Output"
+_INPUT, _OUTPUT, _RAY = "Input", "Output", "More than one machine"
 _LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
 
@@ -53,7 +53,7 @@ def embed(
             "--output",
             "-o",
             metavar="OUTPUT",
-            help=".parquet (id, embedding), .npy or .jsonl.",
+            help=".parquet (id, embedding), .npy or .jsonl; with --ray a folder of .parquet files.",
             rich_help_panel=_OUTPUT,
         ),
     ],
@@ -109,6 +109,19 @@ def embed(
     ] = DEFAULT_BATCH_TOKENS,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Embed on Ray: local starts it here, auto finds the running one, else HOST:PORT. Extra ray.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers; one a GPU, else one a CPU core, where not given.", rich_help_panel=_RAY),
+    ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -136,19 +149,18 @@ def embed(
       gircse embed reviews.jsonl -o reviews.parquet --instruction "Find the flaw of the product"
       gircse embed wiki.parquet -o wiki.npy --dim 256 --precision int8
       zcat logs.jsonl.gz | gircse embed - --input-format jsonl --skip-bad -o logs.parquet
+      gircse embed s3://bucket/wiki.jsonl --ray auto -o /shared/wiki.vectors
     """
     if instruction is not None and prompt is not None:
         raise UsageError("give either --instruction or --prompt, not both")
+    if ray is None and ray_workers is not None:
+        raise UsageError("--ray-workers applies to --ray only")
     from gircse.embed.job import EmbedSettings, embed_corpus
     from gircse.embed.reader import CorpusReader
     from gircse.embed.writer import refuse_existing
 
-    with _interruptible(output):
-        reader = CorpusReader(source, input_format, column=column, id_column=id_column, skip_bad=skip_bad)
-        refuse_existing(output, resume=resume, overwrite=overwrite)
-        reader.peek()
-        encoder = load_model(model, device=device, dtype=dtype)
-        settings = EmbedSettings(
+    def settings_of(encoder: GIRCSE, environment: dict[str, str | int]) -> EmbedSettings:
+        return EmbedSettings(
             model=model or "default",
             model_checksum=_model_checksum(encoder),
             num_steps=encoder.num_steps if num_steps is None else num_steps,
@@ -159,13 +171,102 @@ def embed(
             max_length=max_length or encoder.max_seq_length,
             batch_tokens=batch_tokens,
             shard_size=shard_size,
-            environment=_environment(encoder),
+            environment=environment,
         )
+
+    if ray is not None:
+        if overwrite:
+            raise UsageError(
+                "--overwrite does not apply to --ray: choose another OUTPUT, or remove the folder yourself"
+            )
+        summary, settings = _embed_on_ray(
+            source, input_format, column, id_column, skip_bad, output, resume, settings_of,
+            load=_WorkerModel(model, device, dtype), address=ray, workers=ray_workers,
+        )  # fmt: skip
+        _close(
+            summary,
+            settings,
+            json_output,
+            bad="; ".join(f"{kind} × {count:,}" for kind, count in summary.skipped_by_kind.items()),
+        )
+        return
+    with _interruptible(output):
+        reader = CorpusReader(source, input_format, column=column, id_column=id_column, skip_bad=skip_bad)
+        refuse_existing(output, resume=resume, overwrite=overwrite)
+        reader.peek()
+        encoder = load_model(model, device=device, dtype=dtype)
+        settings = settings_of(encoder, _environment(encoder))
         with _Display(stderr, reader.count_rows()) as display:
             summary = embed_corpus(
                 encoder, reader, output, settings, resume=resume, overwrite=overwrite, on_progress=display.update
             )
-    for line in _closing_words(summary, reader.bad, settings):
+    _close(summary, settings, json_output, bad=str(reader.bad))
+
+
+@dataclass(frozen=True)
+class _WorkerModel:
+    """Loads the model of a Ray worker, which must be the driver's.
+
+    Attributes:
+        model: As --model.
+        device: As --device; the worker's own choice where None.
+        dtype: Of the weights.
+        checksum: Of the driver's model; not compared where None.
+    """
+
+    model: str | None
+    device: str | None
+    dtype: Dtype
+    checksum: str | None = None
+
+    def __call__(self) -> GIRCSE:
+        loaded = load_model(self.model, device=self.device, dtype=self.dtype)
+        if self.checksum is not None and _model_checksum(loaded) != self.checksum:
+            raise GircseError(
+                f"the model {self.model or 'default'} of a worker is not that of the driver; copy it there"
+            )
+        return loaded
+
+
+def _embed_on_ray(
+    source: str,
+    input_format: InputFormat | None,
+    column: str,
+    id_column: str | None,
+    skip_bad: bool,
+    output: Path,
+    resume: bool,
+    settings_of: Callable[[GIRCSE, dict[str, str | int]], EmbedSettings],
+    *,
+    load: _WorkerModel,
+    address: str,
+    workers: int | None,
+) -> tuple[EmbedSummary, EmbedSettings]:
+    from gircse.distributed import Corpus, connect, embed_on_ray, format_of
+    from gircse.embed.reader import STDIN
+
+    if source == STDIN:
+        raise UsageError("--ray reads a file that every worker sees, not standard input")
+    corpus = Corpus(source, input_format or format_of(source), column, id_column, skip_bad)
+    connect(address)
+    encoder = replace(load, device="cpu")()  # the driver only needs to know which model it is
+    environment = _environment(encoder)
+    for what in ("device", "threads"):  # the workers' own
+        del environment[what]
+    settings = settings_of(encoder, environment)
+    load = replace(load, checksum=settings.model_checksum)
+    del encoder
+    with _Display(stderr, None) as display:
+        summary = embed_on_ray(
+            load, corpus, output, settings,
+            address=address, workers=workers, resume=resume,
+            on_progress=display.update, on_plan=display.expect,
+        )  # fmt: skip
+    return summary, settings
+
+
+def _close(summary: EmbedSummary, settings: EmbedSettings, json_output: bool, *, bad: str) -> None:
+    for line in _closing_words(summary, bad, settings):
         stderr.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_output:
         print(json.dumps(asdict(summary), ensure_ascii=False))
@@ -242,6 +343,11 @@ class _Display:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
+    def expect(self, total: int) -> None:
+        """Say how many rows there are, where that is known only after the start."""
+        self.total = total
+        self.bar.update(self.task, total=total)
+
     def update(self, progress: Progress) -> None:
         """Show how far the work is."""
         done = progress.texts + progress.skipped  # the total counts bad rows too
@@ -259,7 +365,7 @@ class _Display:
             self.console.print(f"{stage} {counts}", highlight=False, soft_wrap=True)
 
 
-def _closing_words(summary: EmbedSummary, bad: BadRows, settings: EmbedSettings) -> Iterator[str]:
+def _closing_words(summary: EmbedSummary, bad: str, settings: EmbedSettings) -> Iterator[str]:
     what = f"{summary.texts:,} vectors of {summary.dim} dimensions, {summary.precision}"
     if summary.already_complete:
         yield f"{summary.output} is complete already: {what}"

@@ -1,0 +1,108 @@
+"""Vectors to a picture: two dimensions, clusters and their words, nearest neighbours.
+
+Knows numbers and words; knows nothing of files or pages. Everything is seeded: the same vectors give the same map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+
+import numpy as np
+from scipy.linalg import orthogonal_procrustes
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from gircse.errors import MissingExtraError
+from gircse.map import Method
+
+SEED = 0
+_NEIGHBOR_BLOCK = 1024  # rows compared with all others at once
+
+
+def project(vectors: np.ndarray, method: Method) -> tuple[np.ndarray, str]:
+    """Two dimensions.
+
+    Args:
+        vectors: (n, d) float32 of length 1.
+        method: ``pca``, which keeps large distances, or ``umap``, which keeps neighbourhoods.
+
+    Returns:
+        (n, 2) float32 around 0, the farthest point at 1, and a sentence on what the axes mean.
+
+    Raises:
+        MissingExtraError: UMAP is not installed.
+    """
+    if method == "pca":
+        pca = PCA(2, random_state=SEED)
+        points = pca.fit_transform(vectors)
+        kept = float(pca.explained_variance_ratio_.sum())
+        note = f"PCA: the two axes hold {kept:.0%} of the variance"
+    else:
+        try:
+            from umap import UMAP
+        except ImportError as error:
+            raise MissingExtraError("--method umap", "map") from error
+        neighbors = min(15, len(vectors) - 1)
+        # The spectral start needs more points than dimensions of its own; random serves the smallest maps.
+        start = "spectral" if len(vectors) > 50 else "random"
+        points = UMAP(n_neighbors=neighbors, metric="cosine", init=start, random_state=SEED, n_jobs=1).fit_transform(
+            vectors
+        )
+        note = "UMAP: neighbourhoods are kept, distances between groups mean little"
+    return _unit(np.asarray(points, dtype=np.float32)), note
+
+
+def align(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Turn and mirror a layout, (n, 2), so that its points lie as near to those of another as they can.
+
+    The axes of a projection are arbitrary; without this a switch between two layouts would show mostly that.
+    """
+    rotation, _ = orthogonal_procrustes(points, reference)
+    return _unit(points @ rotation)
+
+
+def cluster(vectors: np.ndarray, count: int) -> np.ndarray:
+    """K-means in all dimensions: the cluster of every vector, (n,), numbered from 0 by size, largest first."""
+    labels = KMeans(min(count, len(vectors)), random_state=SEED).fit_predict(vectors)
+    by_size = [label for label, _ in Counter(labels.tolist()).most_common()]
+    rank = {label: place for place, label in enumerate(by_size)}
+    return np.array([rank[label] for label in labels.tolist()])
+
+
+def name_clusters(texts: Sequence[str] | None, clusters: np.ndarray, words: int = 3) -> list[str]:
+    """A name for every cluster: the words that are frequent in it and rare in the others (TF-IDF over clusters)."""
+    count = int(clusters.max()) + 1
+    if texts is None:
+        return [f"cluster {place + 1}" for place in range(count)]
+    frequencies = [Counter[str]() for _ in range(count)]
+    for text, place in zip(texts, clusters.tolist(), strict=True):
+        frequencies[place].update(set(re.findall(r"[^\W\d_]{3,}", text.lower())))
+    spread = Counter(word for counter in frequencies for word in counter)
+    names = []
+    for place, counter in enumerate(frequencies):
+        scores = {word: seen * log((1 + count) / spread[word]) for word, seen in counter.items() if seen > 1}
+        best = sorted(scores, key=lambda word: (-scores[word], word))[:words]
+        names.append(f"{place + 1}: {', '.join(best)}" if best else f"cluster {place + 1}")
+    return names
+
+
+def nearest(vectors: np.ndarray, count: int = 5) -> np.ndarray:
+    """The nearest vectors to each by cosine, (n, count) indices, itself left out: what a flat map cannot show."""
+    count = min(count, len(vectors) - 1)
+    rows = []
+    for start in range(0, len(vectors), _NEIGHBOR_BLOCK):
+        block = vectors[start : start + _NEIGHBOR_BLOCK]
+        similarities = block @ vectors.T
+        similarities[np.arange(len(block)), np.arange(start, start + len(block))] = -np.inf
+        best = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(similarities, best, axis=1), axis=1, kind="stable")
+        rows.append(np.take_along_axis(best, order, axis=1))
+    return np.concatenate(rows)
+
+
+def _unit(points: np.ndarray) -> np.ndarray:
+    points = points - points.mean(axis=0)
+    return points / max(float(np.abs(points).max()), 1e-12)

@@ -1,0 +1,82 @@
+"""deploy/ray_serve.py on a local Ray: the contract tests of `gircse serve`, against replicas of Ray Serve."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gircse.errors import UsageError
+from gircse.model import GIRCSE
+from tests import test_serve_http as contract
+from tests.serving import NAME, tiny_model
+
+pytest.importorskip("ray.serve")
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+# Those that ask a server and nothing else; the others look into the process or start servers of their own.
+# Request ids are Ray Serve's here, which takes any from the client.
+for _name, _test in vars(contract).copy().items():
+    asks = _name.startswith("test_") and _name != "test_request_ids"
+    if asks and set(inspect.signature(_test).parameters) <= {"server", "model"}:
+        globals()[_name] = _test
+
+
+@pytest.fixture(scope="module")
+def model(backbone: Path) -> GIRCSE:
+    return tiny_model(backbone)
+
+
+@pytest.fixture(scope="module")
+def server(model: GIRCSE, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray import serve
+
+    from deploy.ray_serve import app
+
+    folder = tmp_path_factory.mktemp("saved") / NAME
+    model.save_pretrained(str(folder))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}},
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    limits: dict[str, Any] = {"max_num_steps": "16", "max_body_mb": "1.0", "served_names": (NAME,)}
+    serve.run(app({"model": str(folder), "device": "cpu", "max_replicas": "1", **limits}), route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def test_contract_tests_are_found() -> None:
+    assert sum(name.startswith("test_") for name in globals()) > 5
+
+
+def test_an_answer_has_one_request_id(server: str) -> None:
+    given = contract.CLIENT.get(server + "/health", headers={"x-request-id": "client-7"})
+    assert given.headers.get_list("x-request-id") == ["client-7"]
+    assert len(contract.CLIENT.get(server + "/health").headers["x-request-id"]) >= 32
+
+
+def test_unknown_arguments_are_refused() -> None:
+    from deploy.ray_serve import app
+
+    with pytest.raises(UsageError, match="'modell'"):
+        app({"modell": "x"})
