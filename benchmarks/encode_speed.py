@@ -64,7 +64,8 @@ def plain_encoder(model: GIRCSE, folder: Path) -> SentenceTransformer:
     for name, parameter in transformer.auto_model.named_parameters():  # type: ignore[union-attr]
         stem, _, last = name.rpartition(".")
         parameter.data = (own[name] if name in own else own[f"{stem}.base_layer.{last}"]).data
-    transformer.tokenizer.pad_token = transformer.tokenizer.pad_token or transformer.tokenizer.eos_token
+    tokenizer: Any = transformer.tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 

@@ -87,7 +87,7 @@ def join_caches(caches: Sequence[DynamicCache], length: int, room: int = 0) -> D
             keys, values = zip(*(_layer(cache, index) for cache in caches), strict=True)
             joined.layers.append(PreallocatedLayer(keys, values, length, room))
             for cache in caches:  # the copies are made: free the originals layer by layer
-                cache.layers[index].keys = cache.layers[index].values = None
+                _released(cache, index)
         return joined
     if len(caches) == 1 and caches[0].get_seq_length() == length:
         return caches[0]
@@ -107,6 +107,12 @@ def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
         keys, values = _layer(cache, index)
         expanded.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
     return expanded
+
+
+def _released(cache: DynamicCache, index: int) -> None:
+    layer = cache.layers[index]
+    assert isinstance(layer, DynamicLayer)
+    layer.keys = layer.values = None
 
 
 def _layer(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor]:

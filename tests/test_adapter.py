@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,8 +25,12 @@ def adapted(backbone: Path, tmp_path: Path) -> GIRCSE:
     return GIRCSE(str(tmp_path), device="cpu")
 
 
+def base_weights(model: GIRCSE) -> list[torch.Tensor]:
+    return [cast(torch.Tensor, layer.get_base_layer().weight) for layer in lora_layers(model.encoder.backbone)]
+
+
 def weights(model: GIRCSE) -> list[torch.Tensor]:
-    return [layer.get_base_layer().weight.detach().clone() for layer in lora_layers(model.encoder.backbone)]
+    return [weight.detach().clone() for weight in base_weights(model)]
 
 
 def test_folded_vectors_equal_separate_ones(adapted: GIRCSE) -> None:
@@ -47,13 +51,13 @@ def test_training_takes_the_adapter_out(adapted: GIRCSE) -> None:
     adapted.encode(TEXTS)
     layers = lora_layers(adapted.encoder.backbone)
     assert all(layer.merged for layer in layers)
-    parameter = layers[0].lora_A["default"].weight
+    parameter = cast(torch.nn.Parameter, layers[0].lora_A["default"].weight)
     parameter.requires_grad_(True)
     features = adapted.encoder.preprocess(TEXTS)
     adapted(features)["sentence_embedding"].sum().backward()
     assert not any(layer.merged for layer in layers)
     assert parameter.grad is not None
-    assert parameter.grad.abs().sum() > 0
+    assert bool(cast(torch.Tensor, parameter.grad).abs().sum() > 0)
 
 
 def test_a_16_bit_model_is_not_folded(adapted: GIRCSE) -> None:
@@ -67,13 +71,13 @@ def test_switched_off_it_is_the_plain_backbone(adapted: GIRCSE, backbone: Path, 
     plain = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu").encode(TEXTS, convert_to_tensor=True)
     adapted.encoder.fold_adapter = fold
     before = adapted.encode(TEXTS, convert_to_tensor=True)
-    places = [layer.get_base_layer().weight.data_ptr() for layer in lora_layers(adapted.encoder.backbone)]
+    places = [weight.data_ptr() for weight in base_weights(adapted)]
     with adapter_off(adapted.encoder.backbone):
         off = adapted.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(off, plain, rtol=0 if not fold else 1e-4, atol=0 if not fold else 1e-5)
     assert not torch.allclose(before, plain, atol=1e-3)
     torch.testing.assert_close(adapted.encode(TEXTS, convert_to_tensor=True), before, rtol=1e-4, atol=1e-5)
-    assert places == [layer.get_base_layer().weight.data_ptr() for layer in lora_layers(adapted.encoder.backbone)]
+    assert places == [weight.data_ptr() for weight in base_weights(adapted)]
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
 
 

@@ -6,8 +6,9 @@ Knows rows and sentence-transformers' miner; knows nothing of training.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zstandard
 from datasets import Dataset
@@ -122,7 +123,7 @@ def _mine_task(
         verbose=False,
     )
     by_query: dict[str, list[str]] = {}
-    for row in mined:
+    for row in cast("Iterable[dict[str, str]]", mined):
         texts = by_query.setdefault(row["query"], [])
         if row["negative"] not in texts:
             texts.append(row["negative"])

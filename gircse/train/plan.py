@@ -103,7 +103,7 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
         + group * recipe.model.num_steps * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
     )
     return TrainingPlan(
-        examples={name: len(rows) for name, rows in data.items()},
+        examples={str(name): len(rows) for name, rows in data.items()},
         steps=math.ceil(steps * recipe.training.epochs),
         columns=columns,
         histogram=_histogram(lengths),
