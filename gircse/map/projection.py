@@ -42,7 +42,7 @@ def project(vectors: np.ndarray, method: Method) -> tuple[np.ndarray, str]:
         note = f"PCA: the two axes hold {kept:.0%} of the variance"
     else:
         try:
-            from umap import UMAP
+            from umap import UMAP  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtraError("--method umap", "map") from error
         neighbors = min(15, len(vectors) - 1)
