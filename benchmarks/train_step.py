@@ -139,9 +139,13 @@ def measure_peak(variant: str, rows: int, tokens: int, num_steps: int, backbone:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def numbers(text: str) -> list[int]:
+    """``"3,5"`` as a list."""
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     """Measure, print the table, write the JSON."""
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=numbers, default=[128])
     parser.add_argument("--steps", type=numbers, default=[5])

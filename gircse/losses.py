@@ -41,20 +41,25 @@ class ICRLoss(nn.Module):
         matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
         gather_across_devices: Candidates of all processes, and step losses averaged over them: the gradients are
             those of one process with the whole batch.
+        teacher_weight: Share, 0 to 1, of the teacher in every L_k where the labels hold a teacher's embeddings:
+            ``L_k = (1 − w) InfoNCE_k + w KL(teacher ‖ z_k)``, both over the candidates of the batch. The teacher's
+            softmax knows no masks: it says itself which other candidates are as good.
+        teacher_temperature: Of the teacher's cosine similarities.
 
     References:
         - Let LLMs Speak Embedding Languages: https://arxiv.org/abs/2509.24291
         - InfoNCE: https://arxiv.org/abs/1807.03748
         - Matryoshka Representation Learning: https://arxiv.org/abs/2205.13147
+        - Distilling the Knowledge in a Neural Network: https://arxiv.org/abs/1503.02531
 
     Inputs:
-        +-------------------------------------------------+-----------------------------+
-        | Texts                                           | Labels                      |
-        +=================================================+=============================+
-        | (anchor, positive)                              | none, or a class of each row |
-        +-------------------------------------------------+-----------------------------+
-        | (anchor, positive, negative_1, ..., negative_n) | none, or a class of each row |
-        +-------------------------------------------------+-----------------------------+
+        +-------------------------------------------------+--------------------------------------------------------+
+        | Texts                                           | Labels                                                 |
+        +=================================================+========================================================+
+        | (anchor, positive)                              | none, a class of each row, or a teacher's embeddings   |
+        +-------------------------------------------------+--------------------------------------------------------+
+        | (anchor, positive, negative_1, ..., negative_n) | of each row's texts: (B, columns, width)               |
+        +-------------------------------------------------+--------------------------------------------------------+
 
         A candidate with the same tokens as a row's positive, or as its anchor, is not a negative of that row, nor is
         the positive of another row of the same class.
@@ -64,7 +69,8 @@ class ICRLoss(nn.Module):
         - `CachedICRLoss` is the same loss for batches that do not fit into memory.
 
     Raises:
-        UsageError: A temperature of 0 or less, a negative λ, widths below 1, or nothing to contrast with.
+        UsageError: A temperature of 0 or less, a negative λ, widths below 1, a teacher's weight outside 0 to 1, or
+            nothing to contrast with.
 
     Example:
         >>> from gircse import GIRCSE, ICRLoss
@@ -87,10 +93,14 @@ class ICRLoss(nn.Module):
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         gather_across_devices: bool = False,
+        teacher_weight: float = 0.5,
+        teacher_temperature: float = 0.05,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise UsageError(f"the loss temperature must be above 0, not {temperature}")
+        if min(temperature, teacher_temperature) <= 0:
+            raise UsageError(f"the loss temperature must be above 0, not {min(temperature, teacher_temperature)}")
+        if not 0 <= teacher_weight <= 1:
+            raise UsageError(f"teacher_weight must be between 0 and 1, not {teacher_weight}")
         if refinement_weight < 0:
             raise UsageError(f"refinement_weight must be 0 or more, not {refinement_weight}")
         if matryoshka_dims is not None and (not matryoshka_dims or min(matryoshka_dims) < 1):
@@ -103,6 +113,8 @@ class ICRLoss(nn.Module):
         self.false_negative_margin = false_negative_margin
         self.matryoshka_dims = None if matryoshka_dims is None else tuple(matryoshka_dims)
         self.gather_across_devices = gather_across_devices
+        self.teacher_weight = teacher_weight
+        self.teacher_temperature = teacher_temperature
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
 
@@ -111,7 +123,8 @@ class ICRLoss(nn.Module):
 
         Args:
             sentence_features: One batch a column: anchor, positive, negatives.
-            labels: A class of each row, (B,), where rows of the same class are no negatives of each other; or None.
+            labels: A class of each row, (B,), where rows of the same class are no negatives of each other; or a
+                teacher's embeddings of each row's texts, (B, columns, width); or None.
 
         Returns:
             A scalar.
@@ -120,14 +133,15 @@ class ICRLoss(nn.Module):
         allowed = self.allowed_candidates(columns, labels)
         # All columns in one pass: the soft tokens of queries and passages are written together.
         embeddings = self.model(join_columns(columns))["step_embeddings"]  # (B · columns, K, d)
-        return self.contrast(embeddings, allowed)
+        return self.contrast(embeddings, allowed, self.teacher_scores(labels))
 
-    def contrast(self, embeddings: Tensor, allowed: Tensor) -> Tensor:
+    def contrast(self, embeddings: Tensor, allowed: Tensor, teacher: Tensor | None = None) -> Tensor:
         """The loss of embeddings.
 
         Args:
             embeddings: (B · columns, K, d): anchors, positives, then each column of negatives.
             allowed: (B, C) bool as `allowed_candidates` gives it.
+            teacher: (B, C) as `teacher_scores` gives it.
 
         Returns:
             A scalar.
@@ -136,19 +150,22 @@ class ICRLoss(nn.Module):
         anchors, candidates = embeddings[:size], list(embeddings[size:].split(size))
         if self.gather_across_devices:
             candidates = [_gather(column) for column in candidates]
-        losses = self.step_losses(anchors, torch.cat(candidates), allowed.to(embeddings.device))
+        losses = self.step_losses(anchors, torch.cat(candidates), allowed.to(embeddings.device), teacher)
         if self.gather_across_devices:
             losses = _gather(losses.unsqueeze(0)).mean(dim=0)
         self.last_step_losses = losses.detach().tolist()
         return combine_steps(losses, self.refinement_weight) if self.stepwise else losses[-1]
 
-    def step_losses(self, anchors: Tensor, candidates: Tensor, allowed: Tensor) -> Tensor:
+    def step_losses(
+        self, anchors: Tensor, candidates: Tensor, allowed: Tensor, teacher: Tensor | None = None
+    ) -> Tensor:
         """L_1..L_K.
 
         Args:
             anchors: (B, K, d).
             candidates: (C, K, d); those of this process's rows stand where `allowed_candidates` puts them.
             allowed: (B, C) bool: which candidates stand in a row's softmax.
+            teacher: (B, C) log probabilities of the candidates by a teacher, or None.
 
         Returns:
             (K,).
@@ -166,7 +183,12 @@ class ICRLoss(nn.Module):
             scores = _cosines(anchors[..., :width], candidates[..., :width]) / self.temperature  # (K, B, C)
             log_probabilities = scores.masked_fill(~allowed, float("-inf")).log_softmax(dim=-1)
             rows = torch.arange(len(anchors), device=anchors.device)
-            losses.append(-log_probabilities[:, rows, targets].mean(dim=1))
+            loss = -log_probabilities[:, rows, targets].mean(dim=1)  # (K,)
+            if teacher is not None:
+                told = teacher.to(scores.device).expand_as(scores)
+                divergence = F.kl_div(scores.log_softmax(dim=-1), told, reduction="none", log_target=True)
+                loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence.sum(dim=-1).mean(dim=1)
+            losses.append(loss)
         return torch.stack(losses).mean(dim=0)
 
     @torch.no_grad()
@@ -204,6 +226,23 @@ class ICRLoss(nn.Module):
         allowed[rows, rows + first] = True
         return allowed
 
+    @torch.no_grad()
+    def teacher_scores(self, labels: Tensor | None) -> Tensor | None:
+        """Log probabilities of every candidate by the teacher's similarity to the anchor.
+
+        Args:
+            labels: As in `forward`; anything but (B, columns, width) embeddings holds no teacher.
+
+        Returns:
+            (B, C), candidates ordered as in `allowed_candidates`, or None.
+        """
+        if labels is None or labels.dim() != 3 or not self.teacher_weight:
+            return None
+        gather = all_gather if self.gather_across_devices else (lambda tensor: tensor)
+        candidates = torch.cat([gather(column.contiguous()) for column in labels.unbind(dim=1)[1:]])
+        cosines = _cosines(labels[:, :1], candidates.unsqueeze(1))[0]  # (B, C)
+        return (cosines / self.teacher_temperature).log_softmax(dim=-1)
+
     def _first_row(self, size: int) -> int:
         """Where this process's rows begin among the gathered ones."""
         return get_rank() * size if self.gather_across_devices else 0
@@ -218,6 +257,8 @@ class ICRLoss(nn.Module):
             "false_negative_margin": self.false_negative_margin,
             "matryoshka_dims": self.matryoshka_dims,
             "gather_across_devices": self.gather_across_devices,
+            "teacher_weight": self.teacher_weight,
+            "teacher_temperature": self.teacher_temperature,
         }
 
     @property
@@ -261,11 +302,12 @@ class CachedICRLoss(CachedLossMixin, ICRLoss):
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
         self._allowed: Tensor | None = None
+        self._teacher: Tensor | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch; its ``backward`` embeds the micro-batches again. Arguments as in `ICRLoss.forward`."""
         columns = _checked(sentence_features)
-        self._allowed = self.allowed_candidates(columns, labels)
+        self._allowed, self._teacher = self.allowed_candidates(columns, labels), self.teacher_scores(labels)
         # One joined column: a micro-batch may hold anchors and passages, and shares their decode.
         return self.forward_cached([join_columns(columns)])
 
@@ -290,7 +332,7 @@ class CachedICRLoss(CachedLossMixin, ICRLoss):
     ) -> Tensor:
         """The loss of the whole batch from its micro-batches' embeddings; see `CachedLossMixin`."""
         assert self._allowed is not None, "forward sets the candidates before any embedding"
-        loss = self.contrast(torch.cat(reps[0]), self._allowed)
+        loss = self.contrast(torch.cat(reps[0]), self._allowed, self._teacher)
         if with_backward:
             loss.backward()
             loss = loss.detach()

@@ -1,4 +1,4 @@
-"""A tiny model behind a real server on a free port, and a backend that is no model at all."""
+"""A tiny model behind a real server on a free port, a backend that is no model at all, and what reads their answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
 
@@ -18,6 +19,7 @@ from gircse.serve.service import Service
 from gircse.serve.settings import ServeSettings
 
 NAME = "tiny"
+CLIENT = httpx.Client(timeout=30)
 
 
 def tiny_model(backbone: Path) -> GIRCSE:
@@ -79,3 +81,24 @@ def running(service: Service) -> Iterator[str]:
         service.begin_stop()
         server.should_exit = True
         thread.join(20)
+
+
+def post(url: str, body: Any, path: str = "/v1/embeddings", **options: Any) -> httpx.Response:
+    return CLIENT.post(url + path, json=body, **options)
+
+
+def vectors(response: httpx.Response) -> np.ndarray:
+    assert response.status_code == 200, response.text
+    return np.array([item["embedding"] for item in response.json()["data"]], dtype=np.float32)
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object, whose shape is OpenAI's whatever the status."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    detail = response.json()["error"]
+    assert set(detail) == {"message", "type", "param", "code"}
+    assert len(detail["message"]) > 15
+    assert detail["message"].endswith(".")
+    assert response.headers["x-request-id"]
+    return detail

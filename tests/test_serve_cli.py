@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -122,8 +123,11 @@ def test_sigterm_finishes_the_queue_and_exits_with_0(saved: str) -> None:
         target=lambda: answers.append(httpx.post(url + "/v1/embeddings", json=body, timeout=60)), daemon=True
     )
     client.start()
-    while "gircse_tokens_total" not in httpx.get(url + "/metrics").text:
-        pass
+    # The counter stands there from the start; above 0 the first batch is done, and the request has surely arrived.
+    while not re.search(
+        r'^gircse_tokens_total{kind="prompt"} [1-9]', httpx.get(url + "/metrics").text, flags=re.MULTILINE
+    ):
+        time.sleep(0.02)
     assert not answers
     process.send_signal(signal.SIGTERM)
     _, rest = process.communicate(timeout=60)

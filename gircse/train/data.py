@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
@@ -20,9 +21,12 @@ from gircse.train.recipe import Recipe, Source
 
 try:
     import zstandard
-    from datasets import Dataset, DatasetDict
+    from datasets import Array2D, Dataset, DatasetDict
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
+
+Teacher = Callable[[list[str]], np.ndarray]
+"""Embeddings (n, width) of texts, by a model that is taught from."""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,11 +85,16 @@ def source_path(folder: Path, source: Source) -> Path:
     )
 
 
-def load_training_data(recipe: Recipe) -> DatasetDict:
+def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> DatasetDict:
     """One data set a source, so that every batch holds one task.
 
     Columns are ``anchor``, ``positive`` and ``negative_1``...; instructions are already in the texts. The rows and
     their order depend on the files and the seed alone.
+
+    Args:
+        recipe: Says which rows.
+        teacher: Its embeddings of each row's texts, without instructions, become the column ``label``,
+            (columns, width), of the sources that it has a say in.
 
     Raises:
         InputDataError: A bad line.
@@ -105,7 +114,13 @@ def load_training_data(recipe: Recipe) -> DatasetDict:
         # A generator of the source's own: adding a source does not change the rows of the others.
         generator = random.Random(f"{recipe.seed}/{source.name}")
         drawn = generator.sample(rows, count)
-        result[source.name] = Dataset.from_list([_columns(row, source, generator) for row in drawn])
+        texts = [_texts(row, source, generator) for row in drawn]
+        rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
+        if teacher is not None and source.teacher:
+            vectors = teacher([text for own in texts for text in own])
+            labels = vectors.astype(np.float32).reshape(count, len(texts[0]), -1)  # (rows, columns, width)
+            rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
+        result[source.name] = rows
     return result
 
 
@@ -183,10 +198,15 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
     return counts
 
 
-def _columns(row: dict[str, Any], source: Source, generator: random.Random) -> dict[str, str]:
+def _texts(row: dict[str, Any], source: Source, generator: random.Random) -> list[str]:
+    """Query, one positive, and the source's number of negatives."""
+    return [row["query"], generator.choice(row["pos"]), *generator.sample(row["neg"], source.negatives)]
+
+
+def _columns(row: dict[str, Any], source: Source, texts: list[str]) -> dict[str, str]:
+    """The texts with their prompts, by the name of their column."""
     prompt = INSTRUCTION_TEMPLATE.format(instruction=row["instruction"])
     passage_prompt = prompt if source.symmetric else ""
-    columns = {"anchor": prompt + row["query"], "positive": passage_prompt + generator.choice(row["pos"])}
-    for index, negative in enumerate(generator.sample(row["neg"], source.negatives), start=1):
-        columns[f"negative_{index}"] = passage_prompt + negative
-    return columns
+    names = ["anchor", "positive", *(f"negative_{index}" for index in range(1, len(texts) - 1))]
+    prompts = [prompt, *[passage_prompt] * (len(texts) - 1)]
+    return {name: before + text for name, before, text in zip(names, prompts, texts, strict=True)}

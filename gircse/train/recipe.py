@@ -51,6 +51,18 @@ class LossSection(_Section):
         default=None, description="leave out negatives closer to the anchor than the positive by more than this"
     )
     matryoshka_dims: list[int] | None = Field(default=None, min_length=1, description="widths that must work alone")
+    teacher: str | None = Field(
+        default=None,
+        description="a SentenceTransformer whose similarities are taught too: folder, hub id, known name",
+    )
+    teacher_weight: float = Field(default=0.5, gt=0, le=1, description="the teacher's share of the loss")
+    teacher_temperature: float = Field(default=0.05, gt=0)
+
+    @model_validator(mode="after")
+    def _someone_to_weigh(self) -> LossSection:
+        if self.teacher is None and self.model_fields_set & {"teacher_weight", "teacher_temperature"}:
+            raise ValueError("teacher_weight and teacher_temperature need a teacher")
+        return self
 
 
 class Source(_Section):
@@ -66,6 +78,8 @@ class Source(_Section):
         symmetric: Passages carry the instruction too.
         in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
         negatives: Hard negatives a row; rows with fewer are left out.
+        teacher: Whether the recipe's teacher has a say. False where the instruction asks for another likeness than
+            the teacher's, which reads no instructions.
     """
 
     file: str | None = None
@@ -76,6 +90,7 @@ class Source(_Section):
     symmetric: bool = False
     in_batch_negatives: bool = True
     negatives: int = Field(default=0, ge=0)
+    teacher: bool = True
 
     @property
     def name(self) -> str:
@@ -148,6 +163,9 @@ class Recipe(_Section):
     """A whole training run."""
 
     backbone: str
+    start_from: str | None = Field(
+        default=None, description="a saved model of the same backbone whose adapter or weights are trained further"
+    )
     seed: int = 0
     query_instruction: str | None = Field(default=None, description="stored as the default instruction of queries")
     model: ModelSection = ModelSection()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from gircse._version import __version__
+from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
-from gircse.train.data import load_training_data, source_path
+from gircse.other_models import load_other_model
+from gircse.train.data import Teacher, load_training_data, source_path
 from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe
 
@@ -57,7 +60,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     # At τ = 0.02 the softmax of easy negatives, and so their gradients, underflow to denormal numbers, which CPUs
     # compute slowly and which contribute nothing.
     torch.set_flush_denormal(True)
-    data = load_training_data(recipe)
+    teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
+    data = load_training_data(recipe, teacher)
     model = make_model(recipe)
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
     losses = make_losses(recipe, model, [str(name) for name in data])
@@ -77,8 +81,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
 
 
 def make_model(recipe: Recipe) -> GIRCSE:
-    """The recipe's model before training."""
+    """The recipe's model before training.
+
+    Raises:
+        GircseError: The backbone, or the model to start from, is not to be had or does not fit the recipe.
+    """
     config = recipe.refinement()
+    if recipe.start_from is not None:
+        return _trained_before(recipe, recipe.start_from)
     lora = recipe.lora and LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
@@ -100,10 +110,43 @@ def make_model(recipe: Recipe) -> GIRCSE:
     return model
 
 
+def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
+    """The model to start from, its adapter or weights trainable again, with the recipe's K, pooling and prompts."""
+    model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
+    encoder, backbone = model.encoder, model.encoder.backbone
+    if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
+        raise GircseError(
+            f"{place} was trained on {encoder.reference.name} (sha256 {encoder.reference.sha256[:12]}), the recipe "
+            f"names {recipe.backbone} (sha256 {expected[:12]}); name the same backbone"
+        )
+    found = [(config.r, config.lora_alpha) for config in backbone.peft_config.values()] if encoder.has_adapter else []
+    wanted = [] if recipe.lora is None else [(recipe.lora.r, recipe.lora.alpha)]
+    if found != wanted:
+        raise GircseError(
+            f"{place} has LoRA layers of (r, alpha) {found}, the recipe asks for {wanted}; make them equal"
+        )
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(recipe.lora is None or "lora_" in name)
+    encoder.configure(**asdict(recipe.refinement()))
+    model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
+    return model
+
+
+def load_teacher(name: str) -> Teacher:
+    """A model to be taught by.
+
+    Raises:
+        GircseError: It cannot be loaded.
+    """
+    model = load_other_model(name)
+    return lambda texts: model.encode(texts, convert_to_numpy=True)
+
+
 def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, ICRLoss]:
     """The loss of every data set, by its name ``file/task``."""
     settings, micro_batch = recipe.loss, recipe.training.micro_batch_size
-    options: dict[str, Any] = settings.model_dump() | {"gather_across_devices": recipe.training.gather_across_devices}
+    options: dict[str, Any] = settings.model_dump(exclude={"teacher"})
+    options["gather_across_devices"] = recipe.training.gather_across_devices
     if micro_batch is not None:
         options["mini_batch_size"] = micro_batch
     kind = ICRLoss if micro_batch is None else CachedICRLoss
