@@ -33,11 +33,12 @@ _PARQUET_BATCH = 1024  # rows
 
 
 class Row(NamedTuple):
-    """A usable row: its id, its text, and its 1-based line (Parquet: row) in the source."""
+    """A usable row: its id, its text, its 1-based line (Parquet: row) in the source, and its cells where asked for."""
 
     id: int | str
     text: str
     line: int
+    cells: dict[str, Any] | None = None
 
 
 class _Record(NamedTuple):
@@ -46,6 +47,7 @@ class _Record(NamedTuple):
     line: int
     id: Any
     text: Any
+    cells: dict[str, Any] | None = None
 
 
 class _BadRow(NamedTuple):
@@ -101,6 +103,9 @@ class CorpusReader:
         skip_bad: Count unusable rows in `bad` instead of raising on the first.
         stream: Read in place of standard input.
 
+    Attributes:
+        all_columns: Whether rows carry the `cells` of all columns, by name; a CSV row only those that are not empty.
+
     Raises:
         UsageError: The format is unknown, cannot be streamed, or has no columns.
         InputDataError: There is no such file, or its header lacks the column; while iterating, a row is unusable.
@@ -120,6 +125,7 @@ class CorpusReader:
         self.name = "standard input" if source == STDIN else source
         self.format = input_format or _format_of(source)
         self.bad = BadRows()
+        self.all_columns = False
         self._stream = stream
         if self.format == "txt" and id_column is not None:
             raise UsageError("a .txt corpus has no columns, so --id-column does not apply: ids are line numbers")
@@ -204,7 +210,7 @@ class CorpusReader:
             yield stream
 
     def _checked(self, record: _Record, seen: SeenIds) -> Row | _BadRow:
-        line, key, text = record
+        line, key, text, cells = record
         if text is None or text != text:  # NaN differs from itself
             return _BadRow(line, "null", f"{self._cell(self.column)} is null")
         if not isinstance(text, str):
@@ -214,7 +220,7 @@ class CorpusReader:
         if (problem := _encoding_problem(text)) is not None:
             return _BadRow(line, "not UTF-8", problem)
         if self.id_column is None:
-            return Row(key, text, line)
+            return Row(key, text, line, cells)
         if isinstance(key, bool) or not isinstance(key, int | str):
             what = "null" if key is None or key != key else f"a {_type_name(key)}"
             return _BadRow(line, "bad id", f"{self._cell(self.id_column)} is {what}; an id is a string or an integer")
@@ -223,7 +229,7 @@ class CorpusReader:
             return _BadRow(line, "bad id", f"the id {_shortened(key)} is empty or not a single line of valid text")
         if not seen.add(key):
             return _BadRow(line, "duplicate id", f"the id {_shortened(key)} occurred before")
-        return Row(key, text, line)
+        return Row(key, text, line, cells)
 
     def _cell(self, column: str | None) -> str:
         return "the text" if self.format == "txt" else f"column {column!r}"
@@ -290,7 +296,8 @@ def _parse_json(reader: CorpusReader, number: int, line: str) -> _Record | _BadR
         if column not in values:
             problem = f"no key {column!r} (this line has {_listed(values)}); choose with --column and --id-column"
             return _BadRow(number, "missing column", problem)
-    return _Record(number, number if reader.id_column is None else values[reader.id_column], values[reader.column])
+    key = number if reader.id_column is None else values[reader.id_column]
+    return _Record(number, key, values[reader.column], values if reader.all_columns else None)
 
 
 class _CsvLines:
@@ -353,7 +360,9 @@ def _read_csv(reader: CorpusReader, stream: BinaryIO) -> Iterator[_Record | _Bad
                 problem = f"{len(cells)} cells where the header has {len(header)}; put cells with commas between quotes"
                 yield _BadRow(line, "wrong number of cells", problem)
             else:
-                yield _Record(line, row_number if id_index is None else cells[id_index], cells[text_index])
+                key = row_number if id_index is None else cells[id_index]
+                named = dict(zip(header, cells, strict=True)) if reader.all_columns else {}
+                yield _Record(line, key, cells[text_index], {name: cell for name, cell in named.items() if cell})
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -372,14 +381,17 @@ def _read_parquet(reader: CorpusReader, stream: BinaryIO) -> Iterator[_Record | 
         file = pq.ParquetFile(stream, buffer_size=1 << 20)
         _check_parquet_columns(reader, file.schema_arrow)
         number = 0
-        for batch in file.iter_batches(_PARQUET_BATCH, columns=list(dict.fromkeys(reader.columns))):
+        wanted = file.schema_arrow.names if reader.all_columns else reader.columns
+        for batch in file.iter_batches(_PARQUET_BATCH, columns=list(dict.fromkeys(wanted))):
             texts = _cells(batch.column(reader.column))
             ids = [None] * len(texts) if reader.id_column is None else _cells(batch.column(reader.id_column))
-            for key, text in zip(ids, texts, strict=True):
+            others = [name for name in wanted if name not in reader.columns]
+            cells = batch.select(others).to_pylist() if others else [None] * len(texts)
+            for key, text, named in zip(ids, texts, cells, strict=True):
                 number += 1
                 decoded = [_decoded(number, cell) if isinstance(cell, bytes) else cell for cell in (key, text)]
                 bad = next((cell for cell in decoded if isinstance(cell, _BadRow)), None)
-                yield bad or _Record(number, number if reader.id_column is None else decoded[0], decoded[1])
+                yield bad or _Record(number, number if reader.id_column is None else decoded[0], decoded[1], named)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputDataError(reader.name, None, f"cannot be read as Parquet ({reason}); is it whole?") from error

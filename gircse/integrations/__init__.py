@@ -105,6 +105,27 @@ class Embedder:
             )
 
 
+class HasEmbedder:
+    """A class of an ecosystem whose constructor is `Embedder`'s; its `embedder` does the work."""
+
+    def __init__(
+        self,
+        model: GIRCSE | str | os.PathLike[str] | None = None,
+        *,
+        instruction: str | None = None,
+        document_instruction: str | None = None,
+        num_steps: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.embedder = Embedder(
+            model,
+            instruction=instruction,
+            document_instruction=document_instruction,
+            num_steps=num_steps,
+            device=device,
+        )
+
+
 def _load(name: str | None, device: str | None) -> GIRCSE:
     from gircse.model import GIRCSE
 

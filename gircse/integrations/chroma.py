@@ -6,12 +6,11 @@ module. Chroma sends usage data unless ``chromadb.Settings(anonymized_telemetry=
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gircse.errors import MissingExtraError, UsageError
-from gircse.integrations import Embedder
+from gircse.integrations import HasEmbedder
 
 try:
     from chromadb import Documents, EmbeddingFunction, Embeddings
@@ -19,12 +18,9 @@ try:
 except ImportError as error:
     raise MissingExtraError("gircse.integrations.chroma", "chroma") from error
 
-if TYPE_CHECKING:
-    from gircse.model import GIRCSE
-
 
 @register_embedding_function
-class GIRCSEEmbeddingFunction(EmbeddingFunction[Documents]):
+class GIRCSEEmbeddingFunction(HasEmbedder, EmbeddingFunction[Documents]):
     """Embeds documents and queries of a Chroma collection.
 
     Args:
@@ -35,23 +31,6 @@ class GIRCSEEmbeddingFunction(EmbeddingFunction[Documents]):
         num_steps: K.
         device: For a model named by path.
     """
-
-    def __init__(
-        self,
-        model: GIRCSE | str | os.PathLike[str] | None = None,
-        *,
-        instruction: str | None = None,
-        document_instruction: str | None = None,
-        num_steps: int | None = None,
-        device: str | None = None,
-    ) -> None:
-        self.embedder = Embedder(
-            model,
-            instruction=instruction,
-            document_instruction=document_instruction,
-            num_steps=num_steps,
-            device=device,
-        )
 
     def __call__(self, input: Sequence[str]) -> Embeddings:
         """Vectors of documents."""

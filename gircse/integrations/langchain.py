@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
 from gircse.errors import MissingExtraError
-from gircse.integrations import Embedder
+from gircse.integrations import HasEmbedder
 
 try:
     from langchain_core.embeddings import Embeddings
 except ImportError as error:
     raise MissingExtraError("gircse.integrations.langchain", "langchain") from error
 
-if TYPE_CHECKING:
-    from gircse.model import GIRCSE
 
-
-class GIRCSEEmbeddings(Embeddings):
+class GIRCSEEmbeddings(HasEmbedder, Embeddings):
     """Embeddings for any LangChain vector store, retriever or semantic cache.
 
     Args:
@@ -31,23 +25,6 @@ class GIRCSEEmbeddings(Embeddings):
         >>> from langchain_core.vectorstores import InMemoryVectorStore
         >>> store = InMemoryVectorStore(GIRCSEEmbeddings(instruction="Given a question, find its answer"))
     """
-
-    def __init__(
-        self,
-        model: GIRCSE | str | os.PathLike[str] | None = None,
-        *,
-        instruction: str | None = None,
-        document_instruction: str | None = None,
-        num_steps: int | None = None,
-        device: str | None = None,
-    ) -> None:
-        self.embedder = Embedder(
-            model,
-            instruction=instruction,
-            document_instruction=document_instruction,
-            num_steps=num_steps,
-            device=device,
-        )
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors of documents."""

@@ -1,19 +1,15 @@
 """The documents of a corpus file: text, id, and every other column as metadata.
 
-Knows files and what may be metadata; knows nothing of chunks, models or tables. Ids, texts and the naming of bad rows
-are `gircse.embed.reader`'s; this file reads the remaining columns beside it.
+Knows what may be metadata; knows nothing of files (`gircse.embed.reader` does), chunks, models or tables.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
-
-import pyarrow.parquet as pq
+from typing import Any, Literal, NamedTuple, cast
 
 from gircse.embed.reader import CorpusReader
 from gircse.errors import InputDataError, UsageError
@@ -53,13 +49,11 @@ class DocumentCorpus:
         if reader.is_stream:
             raise UsageError("an index is made from a file, which is read twice; save the stream as a file first")
         self.reader = reader
+        reader.all_columns = True
 
     def __iter__(self) -> Iterator[Document]:
-        with open(self.reader.source, "rb") as stream:
-            others = _READERS[self.reader.format](self.reader, stream)
-            for row in self.reader:
-                cells = next(cells for line, cells in others if line == row.line)
-                yield Document(str(row.id), row.text, self._metadata(cells, row.line))
+        for row in self.reader:
+            yield Document(str(row.id), row.text, self._metadata(row.cells or {}, row.line))
 
     def scan(self) -> tuple[int, dict[str, MetadataType]]:
         """Read everything once: the number of documents and the metadata columns with their types.
@@ -112,52 +106,3 @@ def _scalar(value: Any) -> Scalar:
         return value
     text = json.dumps(value, ensure_ascii=False, default=str)
     return json.loads(text) if text.startswith('"') else text  # a date and its like: without the quotes
-
-
-# One generator a format: every row that the reader may name, as (line, cells by column)
-
-
-def _text_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, _ in enumerate(stream, start=1):
-        yield number, {}
-
-
-def _json_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            values = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            continue  # the reader has named it, or left it out
-        if isinstance(values, dict):
-            yield number, values
-
-
-def _csv_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader((line.decode("utf-8", errors="replace") for line in stream), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = rows.line_num + 1
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error:
-            continue
-        if cells and header is None:
-            header = [cells[0].removeprefix("\ufeff"), *cells[1:]]
-        elif header is not None and len(cells) == len(header):
-            yield line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-
-
-def _parquet_cells(reader: CorpusReader, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    file = pq.ParquetFile(stream)
-    names = [name for name in file.schema_arrow.names if name not in reader.columns]
-    number = 0
-    for batch in file.iter_batches(1024, columns=names):
-        columns = {name: batch.column(name).to_pylist() for name in names}
-        for row in range(batch.num_rows):
-            number += 1
-            yield number, {name: values[row] for name, values in columns.items()}
-
-
-_READERS = {"txt": _text_cells, "jsonl": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
