@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from gircse.embed.job import EmbedSummary, embed_corpus
 from gircse.embed.reader import CorpusReader
 from gircse.errors import GircseError, InputDataError, UsageError
 from tests.hashing_model import HashingModel, settings
+from tests.local_ray import start_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -103,19 +105,7 @@ class SlowModel:
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}},
-    )
+    ray = start_ray()
     yield ray
     ray.shutdown()
 
@@ -152,6 +142,25 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(ray: Any, corpus: Pat
     assert summary.texts == ROWS == json.loads((folder / SUMMARY).read_text())["rows"]
     assert told[-1] == ROWS
     assert told == sorted(told)
+
+
+def test_a_killed_driver_is_taken_up_again(ray: Any, corpus: Path, tmp_path: Path) -> None:
+    expected = single_process(corpus, tmp_path / "single.parquet")
+    folder, pids = tmp_path / "vectors", tmp_path / "pids"
+    root = Path(__file__).parents[1]
+    driver = subprocess.Popen([sys.executable, "-m", "tests.ray_driver", str(corpus), str(folder), str(pids)], cwd=root)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("part-*.parquet"))) < 2:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline, "the driver made no parts"
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not (folder / SUMMARY).exists()
+    summary = on_ray(corpus, folder, SlowModel(pids), resume=True)
+    assert summary.texts == ROWS
+    assert 0 < summary.resumed <= ROWS - 16
+    assert_same(folder, expected)
 
 
 def test_a_run_continues_where_another_stopped(ray: Any, tmp_path: Path) -> None:

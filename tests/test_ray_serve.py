@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +12,16 @@ import pytest
 
 from gircse.errors import UsageError
 from gircse.model import GIRCSE
-from tests import test_serve_http as contract
-from tests.serving import NAME, tiny_model
+from tests import test_serve_hostile, test_serve_http
+from tests.local_ray import start_ray
+from tests.serving import CLIENT, NAME, tiny_model
 
 pytest.importorskip("ray.serve")
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 # Those that ask a server and nothing else; the others look into the process or start servers of their own.
 # Request ids are Ray Serve's here, which takes any from the client.
-for _name, _test in vars(contract).copy().items():
+for _name, _test in {**vars(test_serve_http), **vars(test_serve_hostile)}.items():
     asks = _name.startswith("test_") and _name != "test_request_ids"
     if asks and set(inspect.signature(_test).parameters) <= {"server", "model"}:
         globals()[_name] = _test
@@ -35,7 +34,6 @@ def model(backbone: Path) -> GIRCSE:
 
 @pytest.fixture(scope="module")
 def server(model: GIRCSE, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray import serve
 
@@ -46,17 +44,7 @@ def server(model: GIRCSE, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}},
-    )
+    start_ray()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     limits: dict[str, Any] = {"max_num_steps": "16", "max_body_mb": "1.0", "served_names": (NAME,)}
     serve.run(app({"model": str(folder), "device": "cpu", "max_replicas": "1", **limits}), route_prefix="/")
@@ -70,9 +58,9 @@ def test_contract_tests_are_found() -> None:
 
 
 def test_an_answer_has_one_request_id(server: str) -> None:
-    given = contract.CLIENT.get(server + "/health", headers={"x-request-id": "client-7"})
+    given = CLIENT.get(server + "/health", headers={"x-request-id": "client-7"})
     assert given.headers.get_list("x-request-id") == ["client-7"]
-    assert len(contract.CLIENT.get(server + "/health").headers["x-request-id"]) >= 32
+    assert len(CLIENT.get(server + "/health").headers["x-request-id"]) >= 32
 
 
 def test_unknown_arguments_are_refused() -> None:

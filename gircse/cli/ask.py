@@ -57,7 +57,7 @@ def ask(
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -28,8 +28,10 @@ NumStepsOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the best there is where not given.")
 ]
-Dtype = Literal["float32", "bfloat16", "float16"]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
+WeightsDtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", WeightsDtype]
+DTYPE_HELP = "Of the weights; auto: bfloat16 where the hardware is fast at it, else float32."
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help=DTYPE_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -57,7 +59,7 @@ def load_model(
     *,
     backbone: str | None = None,
     device: str | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     num_steps: int | None = None,
 ) -> GIRCSE:
     """The model that a verb's options name, with a spinner while it loads.
@@ -74,14 +76,27 @@ def load_model(
 
         from gircse.model import GIRCSE
 
+        weights = getattr(torch, concrete_dtype(dtype, device))
         with quiet_libraries():
             if backbone is not None:
-                loaded = GIRCSE.from_backbone(backbone, device=device, dtype=getattr(torch, dtype))
+                loaded = GIRCSE.from_backbone(backbone, device=device, dtype=weights)
             else:
-                loaded = GIRCSE(model, device=device, dtype=getattr(torch, dtype))
+                loaded = GIRCSE(model, device=device, dtype=weights)
     if num_steps is not None:
         loaded.num_steps = num_steps
     return loaded
+
+
+def concrete_dtype(dtype: Dtype, device: str | None) -> WeightsDtype:
+    """What ``auto`` means on a device; the best device there is where not given."""
+    if dtype != "auto":
+        return dtype
+    from sentence_transformers.util import get_device_name
+
+    from gircse.hardware import fastest_dtype
+
+    chosen, _ = fastest_dtype(device or get_device_name())
+    return "bfloat16" if str(chosen) == "torch.bfloat16" else "float32"
 
 
 def backbone_of(model: str | None) -> str | None:

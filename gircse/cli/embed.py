@@ -28,6 +28,7 @@ from gircse.cli.common import (
     JsonOption,
     ModelOption,
     NumStepsOption,
+    concrete_dtype,
     load_model,
     stderr,
 )
@@ -108,7 +109,7 @@ def embed(
         int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
     ] = DEFAULT_BATCH_TOKENS,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     ray: Annotated[
         str | None,
         typer.Option(
@@ -181,7 +182,7 @@ def embed(
             )
         summary, settings = _embed_on_ray(
             source, input_format, column, id_column, skip_bad, output, resume, settings_of,
-            load=_WorkerModel(model, device, dtype), address=ray, workers=ray_workers,
+            load=_WorkerModel(model, device, concrete_dtype(dtype, device)), address=ray, workers=ray_workers,
         )  # fmt: skip
         _close(
             summary,
@@ -210,7 +211,7 @@ class _WorkerModel:
     Attributes:
         model: As --model.
         device: As --device; the worker's own choice where None.
-        dtype: Of the weights.
+        dtype: Of the weights, as ``auto`` means it where the driver runs: all must have the same.
         checksum: Of the driver's model; not compared where None.
     """
 

@@ -17,10 +17,9 @@ import typer
 from gircse.cli.common import (
     DebugOption,
     DeviceOption,
-    Dtype,
-    DtypeOption,
     JsonOption,
     ModelOption,
+    WeightsDtype,
     backbone_of,
     prepare_backbone,
     quiet_libraries,
@@ -94,7 +93,7 @@ def evaluate(
         bool, typer.Option("--overwrite", help="Score again what is scored already.", rich_help_panel=_HOW)
     ] = False,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: Annotated[WeightsDtype, typer.Option("--dtype", help="Of the weights.")] = "float32",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -171,7 +170,7 @@ def parse_steps(text: str | None) -> list[int] | None:
     return sorted(steps)
 
 
-def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dtype: Dtype) -> TextSource:
+def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dtype: WeightsDtype) -> TextSource:
     from gircse.evaluate.encoder import load_source
 
     prepare_backbone(backbone_of(name))

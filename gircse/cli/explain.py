@@ -37,7 +37,7 @@ def explain(
         str | None, typer.Option(help="An untrained model over this decoder instead, to compare with.")
     ] = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

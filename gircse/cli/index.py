@@ -75,7 +75,7 @@ def index(
         int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
     ] = DEFAULT_BATCH_TOKENS,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -60,12 +60,15 @@ def _hardware() -> dict[str, str]:
     import torch
     from sentence_transformers.util import get_device_name
 
+    from gircse.hardware import fastest_dtype
+
     device = get_device_name()
+    dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),
-        "dtype": "float32, exact on every device; --dtype bfloat16 halves memory and is faster on hardware that has it",
+        "dtype": f"{str(dtype).removeprefix('torch.')}, for {reason}; --dtype chooses another",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
     }
 

@@ -40,7 +40,7 @@ def rerank(
     num_steps: NumStepsOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -56,7 +56,7 @@ def search(
     num_steps: NumStepsOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gircse.cli.common import Dtype, load_model, stderr
+from gircse.cli.common import DTYPE_HELP, Dtype, load_model, stderr
 from gircse.errors import MissingExtraError
 from gircse.serve.settings import MAX_ITEMS, LongTexts, ServeSettings
 
@@ -34,7 +34,7 @@ def serve(
         str | None,
         _option("--device", "cpu, cuda, cuda:1, mps ...; the best there is where not given.", _MODEL),
     ] = None,
-    dtype: Annotated[Dtype, _option("--dtype", "Of the weights.", _MODEL)] = "float32",
+    dtype: Annotated[Dtype, _option("--dtype", DTYPE_HELP, _MODEL)] = "auto",
     num_steps: Annotated[
         int | None, _option("--num-steps", "K where a request names none; the model's where not given.", _MODEL, min=0)
     ] = None,

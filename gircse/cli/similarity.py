@@ -27,7 +27,7 @@ def similarity(
     num_steps: NumStepsOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -1,0 +1,33 @@
+"""What a device is fast at. Knows processors' capabilities as torch reports them; knows nothing of models."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights that a device computes fastest with, and why.
+
+    bfloat16 only where the hardware multiplies it: elsewhere it is emulated and slower than float32. Never float16,
+    whose range the hidden states of some decoders exceed.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ...
+
+    Returns:
+        The dtype, and the reason in a few words.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies bfloat16"
+        return torch.float32, "this GPU does not multiply bfloat16"
+    if kind == "cpu":
+        for name, supported in (
+            ("AMX", torch.cpu._is_amx_tile_supported),
+            ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported),
+        ):
+            if supported():
+                return torch.bfloat16, f"this processor has {name}"
+        return torch.float32, "this processor has neither AMX nor AVX512-BF16"
+    return torch.float32, f"nothing is known of {kind}"

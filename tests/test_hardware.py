@@ -1,0 +1,35 @@
+"""Which dtype a device gets, and that the command line honours it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gircse.cli.common import load_model
+from gircse.hardware import fastest_dtype
+
+
+@pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
+def test_a_processor_gets_bfloat16_only_where_it_multiplies_it(
+    amx: bool, avx: bool, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    dtype, reason = fastest_dtype("cpu")
+    assert dtype == (torch.bfloat16 if amx or avx else torch.float32)
+    assert ("AMX" if amx or not avx else "AVX512-BF16") in reason
+    assert next(load_model(None, backbone=str(backbone), device="cpu").parameters()).dtype == dtype
+    chosen = load_model(None, backbone=str(backbone), device="cpu", dtype="float32")
+    assert next(chosen.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_likewise(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert fastest_dtype("cuda:1")[0] == (torch.bfloat16 if supported else torch.float32)
+
+
+def test_an_unknown_device_gets_float32() -> None:
+    assert fastest_dtype("mps")[0] == torch.float32
