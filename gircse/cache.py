@@ -44,6 +44,12 @@ class PreallocatedLayer(DynamicLayer):
     def _show(self, length: int) -> None:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
+    def select(self, rows: Tensor | slice) -> None:
+        """Keep these rows only, in this order."""
+        assert self.keys is not None
+        self._buffers = self._buffers[0][rows], self._buffers[1][rows]
+        self._show(self.keys.shape[2])
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new positions behind the last one; all positions so far are returned, as views."""
         assert self.keys is not None
@@ -107,6 +113,22 @@ def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
         keys, values = _layer(cache, index)
         expanded.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
     return expanded
+
+
+def select_rows(cache: DynamicCache, rows: Tensor | slice) -> None:
+    """Keep these rows of a cache, in this order. A slice copies nothing.
+
+    Args:
+        cache: Changed in place; differentiable.
+        rows: Indices, or a slice.
+    """
+    for index in range(len(cache.layers)):
+        layer = cache.layers[index]
+        if isinstance(layer, PreallocatedLayer):
+            layer.select(rows)
+        else:
+            keys, values = _layer(cache, index)
+            layer.keys, layer.values = keys[rows], values[rows]  # type: ignore[union-attr]
 
 
 def _released(cache: DynamicCache, index: int) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from gircse.adapter import can_fold, fold, lora_layers, unfold
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.refiner import POOLINGS, pool_steps, refine
+from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -73,6 +73,8 @@ class RefinementConfig:
         temperature: Soft-token temperature.
         max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
         instruction_template: How an instruction becomes the prompt before a text.
+        attention: One of `gircse.refiner.ATTENTIONS`; ``bidirectional``, like the pooling ``prompt_mean``, is for
+            encoder-only models, whose K is 0 and stays 0.
     """
 
     num_steps: int = 5
@@ -80,6 +82,7 @@ class RefinementConfig:
     temperature: float = 1.0
     max_seq_length: int = 512
     instruction_template: str = INSTRUCTION_TEMPLATE
+    attention: str = "causal"
 
     def __post_init__(self) -> None:
         if self.num_steps < 0:
@@ -92,11 +95,44 @@ class RefinementConfig:
             raise UsageError(f"max_seq_length must be 1 or more, not {self.max_seq_length}")
         if "{instruction}" not in self.instruction_template:
             raise UsageError("instruction_template must contain {instruction}")
+        if self.attention not in ATTENTIONS:
+            raise UsageError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}")
+        self.check_steps(self.num_steps)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse refinement steps where the configuration has no place for them.
+
+        Raises:
+            UsageError: There are steps, and attention or pooling are those of an encoder-only model.
+        """
+        if num_steps and self.attention == "bidirectional":
+            raise UsageError(
+                f"bidirectional attention is for encoder-only models: soft tokens are written after a causal prompt; "
+                f"use num_steps 0, not {num_steps}, or causal attention"
+            )
+        if num_steps and self.pooling == "prompt_mean":
+            raise UsageError(
+                f"pooling prompt_mean is for encoder-only models: it averages the prompt's states and no others; "
+                f"use num_steps 0, not {num_steps}, or the pooling mean_with_prompt"
+            )
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether refinement steps are impossible, so that no cache is needed and every prompt state may count."""
+        return self.attention == "bidirectional" or self.pooling == "prompt_mean"
+
+
+ADDED_LATER: dict[str, Any] = {"attention": "causal"}
+"""Keys that came after the first checkpoints, and what every checkpoint without them means. Not the defaults of the
+day: an entry never changes."""
 
 
 @dataclass
 class _Checkpoint:
-    """gircse_config.json. A missing or unknown key is an error: defaults may change, saved vectors may not."""
+    """gircse_config.json. A missing or unknown key is an error: defaults may change, saved vectors may not.
+
+    The exception are the keys of `ADDED_LATER`.
+    """
 
     backbone: BackboneReference
     refinement: RefinementConfig
@@ -108,7 +144,7 @@ class _Checkpoint:
         try:
             if values["weights"] not in ("adapter", "full", "backbone"):
                 raise ValueError(f"weights is {values['weights']!r}")
-            refinement = values["refinement"]
+            refinement = {**ADDED_LATER, **values["refinement"]}
             if missing := set(RefinementConfig.__dataclass_fields__) - set(refinement):
                 raise KeyError(", ".join(sorted(missing)))
             return cls(
@@ -128,7 +164,8 @@ class GenerativeEncoder(InputModule):
 
     As a sentence-transformers module it adds three features: ``sentence_embedding`` (B, d); ``step_embeddings``
     (B, max(K, 1), d), the embeddings after each step; both float32 and not normalised; and ``refinement_states``
-    (B, K + 1, d), the states h_0..h_K that they are pooled from.
+    (B, K + 1, d), the states h_0..h_K that they are pooled from; where the configuration is
+    `encoder_only`, the embedding itself.
 
     Args:
         backbone: A causal language model.
@@ -272,27 +309,32 @@ class GenerativeEncoder(InputModule):
 
     # Token ids to embeddings
 
-    def forward(self, features: dict[str, Any], num_steps: int | None = None, **kwargs: Any) -> dict[str, Any]:
+    def forward(
+        self, features: dict[str, Any], num_steps: int | Sequence[int] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Add ``refinement_states``, ``step_embeddings`` and ``sentence_embedding`` to the features.
 
         Args:
             features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side.
-            num_steps: K for this call; the checkpoint's where not given. 0 is the encoder-only vector h_0.
+            num_steps: K for this call, or for each row; the checkpoint's where not given. 0 is the encoder-only vector
+                h_0. A row keeps its last embedding where others take more steps.
             **kwargs: Ignored, as sentence-transformers' interface asks.
         """
         self.settle_adapter()
         config = self.refinement
         steps = config.num_steps if num_steps is None else num_steps
-        states = refine(
-            self.decoder,
-            features["input_ids"],
-            features["attention_mask"],
-            num_steps=steps,
-            temperature=config.temperature,
-            prompt_tokens=PROMPT_PASS_TOKENS,
-        )
+        prompt = (self.decoder, features["input_ids"], features["attention_mask"])
+        if config.encoder_only:
+            config.check_steps(steps if isinstance(steps, int) else max(steps))
+            states = encode_prompt(
+                *prompt, pooling=config.pooling, attention=config.attention, prompt_tokens=PROMPT_PASS_TOKENS
+            )
+        else:
+            states = refine(*prompt, num_steps=steps, temperature=config.temperature, prompt_tokens=PROMPT_PASS_TOKENS)
         features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)
+        if not isinstance(steps, int):
+            features["step_embeddings"] = keep_finished(features["step_embeddings"], states, steps)
         features["sentence_embedding"] = features["step_embeddings"][:, -1]
         return features
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gircse.errors import UsageError
+
+StepWeights = Literal["uniform", "linear"]
+"""How the losses of the steps are averaged: all alike (the paper), or L_k in proportion to k."""
 
 
 class ICRLoss(nn.Module):
@@ -36,6 +39,9 @@ class ICRLoss(nn.Module):
         in_batch_negatives: Whether the other rows' positives and negatives are negatives too. False where rows of a
             batch share labels: then only a row's own negatives count, and every row needs at least one.
         stepwise: A loss at every step; False is the paper's ablation with L_K alone, which knows no penalty.
+        step_weights: One of `StepWeights`: the weights of L_1..L_K in their mean. The penalty is the same for both.
+        detach_reference: No gradient to L_k in the penalty: it then pulls the later step down only, and does not also
+            push the earlier one up.
         false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
             positive's by more than this; None keeps them. A row's positive always stays.
         matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
@@ -90,6 +96,8 @@ class ICRLoss(nn.Module):
         in_batch_negatives: bool = True,
         *,
         stepwise: bool = True,
+        step_weights: str = "uniform",
+        detach_reference: bool = False,
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         gather_across_devices: bool = False,
@@ -103,6 +111,8 @@ class ICRLoss(nn.Module):
             raise UsageError(f"teacher_weight must be between 0 and 1, not {teacher_weight}")
         if refinement_weight < 0:
             raise UsageError(f"refinement_weight must be 0 or more, not {refinement_weight}")
+        if step_weights not in get_args(StepWeights):
+            raise UsageError(f"step_weights must be one of {', '.join(get_args(StepWeights))}, not {step_weights!r}")
         if matryoshka_dims is not None and (not matryoshka_dims or min(matryoshka_dims) < 1):
             raise UsageError(f"matryoshka_dims must be widths of 1 or more, not {list(matryoshka_dims)}")
         self.model = model
@@ -110,6 +120,8 @@ class ICRLoss(nn.Module):
         self.refinement_weight = refinement_weight
         self.in_batch_negatives = in_batch_negatives
         self.stepwise = stepwise
+        self.step_weights = step_weights
+        self.detach_reference = detach_reference
         self.false_negative_margin = false_negative_margin
         self.matryoshka_dims = None if matryoshka_dims is None else tuple(matryoshka_dims)
         self.gather_across_devices = gather_across_devices
@@ -154,7 +166,11 @@ class ICRLoss(nn.Module):
         if self.gather_across_devices:
             losses = _gather(losses.unsqueeze(0)).mean(dim=0)
         self.last_step_losses = losses.detach().tolist()
-        return combine_steps(losses, self.refinement_weight) if self.stepwise else losses[-1]
+        if not self.stepwise:
+            return losses[-1]
+        return combine_steps(
+            losses, self.refinement_weight, step_weights=self.step_weights, detach_reference=self.detach_reference
+        )
 
     def step_losses(
         self, anchors: Tensor, candidates: Tensor, allowed: Tensor, teacher: Tensor | None = None
@@ -254,6 +270,8 @@ class ICRLoss(nn.Module):
             "refinement_weight": self.refinement_weight,
             "in_batch_negatives": self.in_batch_negatives,
             "stepwise": self.stepwise,
+            "step_weights": self.step_weights,
+            "detach_reference": self.detach_reference,
             "false_negative_margin": self.false_negative_margin,
             "matryoshka_dims": self.matryoshka_dims,
             "gather_across_devices": self.gather_across_devices,
@@ -343,20 +361,28 @@ class CachedICRLoss(CachedLossMixin, ICRLoss):
         return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
 
-def combine_steps(losses: Tensor, refinement_weight: float) -> Tensor:
+def combine_steps(
+    losses: Tensor, refinement_weight: float, *, step_weights: str = "uniform", detach_reference: bool = False
+) -> Tensor:
     """mean_k L_k + λ · mean_{k<K} max(0, log L_{k+1} − log L_k).
 
     Args:
         losses: L_1..L_K, (K,).
         refinement_weight: λ.
+        step_weights: ``linear`` weighs L_k with k, so the first term is Σ k·L_k / Σ k.
+        detach_reference: No gradient to log L_k in the penalty.
 
     Returns:
         A scalar.
     """
     total = losses.mean()
+    if step_weights == "linear":
+        weights = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)
+        total = losses @ (weights / weights.sum())
     if len(losses) > 1 and refinement_weight:
         logs = losses.clamp_min(1e-8).log()  # a batch that is solved has a loss of 0, and no worse step matters there
-        total = total + refinement_weight * (logs[1:] - logs[:-1]).clamp_min(0).mean()
+        reference = logs[:-1].detach() if detach_reference else logs[:-1]
+        total = total + refinement_weight * (logs[1:] - reference).clamp_min(0).mean()
     return total
 
 

@@ -413,6 +413,7 @@ class GIRCSE(SentenceTransformer):
             prompt = self.format_instruction(instruction)
         self.eval()
         encoder, decoder = self.encoder, self.encoder.decoder
+        encoder.refinement.check_steps(steps)
         encoder.settle_adapter()
         features = encoder.pad(self.tokenize_texts([text], prompt).ids)
         features = {name: value.to(self.device) for name, value in features.items()}

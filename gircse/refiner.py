@@ -6,6 +6,7 @@ paper (arXiv 2509.24291).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -13,15 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from gircse.cache import expand_cache, join_caches, new_cache
-from gircse.decoders import Decoder
-from gircse.errors import UsageError
+from gircse.cache import expand_cache, join_caches, new_cache, select_rows
+from gircse.decoders import PARITY_TESTED, Decoder
+from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.prompts import PromptGroup, align_right, plan_prompts
 
-Pooling = Literal["mean", "last", "mean_with_prompt"]
-"""How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k."""
+Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
+"""How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k. Without
+refinement steps all three are h_0; ``prompt_mean``, which is for that case alone, is the mean of the states of all
+prompt tokens."""
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+Attention = Literal["causal", "bidirectional"]
+"""What a prompt token sees: the tokens before it, or, without refinement steps only, all of them."""
+
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
 
 def refine(
@@ -29,7 +37,7 @@ def refine(
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
-    num_steps: int,
+    num_steps: int | Sequence[int],
     temperature: float = 1.0,
     prompt_tokens: int | None = None,
 ) -> Tensor:
@@ -43,20 +51,22 @@ def refine(
         decoder: The backbone, taken apart.
         input_ids: (B, N) token ids, padded on either side.
         attention_mask: (B, N), 1 for tokens and 0 for padding; every row has at least one token.
-        num_steps: K >= 0.
+        num_steps: K >= 0, of all rows or of each. A row that has taken its K leaves the batch.
         temperature: Soft-token temperature T > 0.
         prompt_tokens: Split the prompt pass into groups of rows of similar length, of about this many padded tokens,
             and compute what all rows begin with (an instruction) once; the soft tokens of all rows are still written
             together. The result is the same. One plain pass where not given.
 
     Returns:
-        (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K.
+        (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K of the largest K; zeros after a row's own K.
 
     Raises:
         UsageError: Prompt and soft tokens are together longer than the backbone's positions, or gradient checkpointing
             is on (it disables the cache that the loop lives on).
     """
-    _check(decoder, attention_mask, num_steps, temperature)
+    own_steps = [num_steps] * len(input_ids) if isinstance(num_steps, int) else list(num_steps)
+    num_steps = max(own_steps)
+    _check(decoder, attention_mask, own_steps, temperature)
     fits = decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window
     prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits)
     order = [row for prompt in prompts for row in prompt.rows]
@@ -69,20 +79,84 @@ def refine(
     longest = max(prompt.mask.shape[1] for prompt in prompts)
     cache = join_caches(caches, longest, room=num_steps)
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
+    if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
+        by_steps = sorted(range(len(order)), key=lambda place: -own_steps[order[place]])
+        order, places = [order[place] for place in by_steps], torch.tensor(by_steps, device=first.device)
+        first, mask = first[places], mask[places]
+        select_rows(cache, places)
     length = mask.sum(dim=1, keepdim=True)  # (B, 1)
     mask = F.pad(mask, (0, num_steps), value=1)
     states = [first]  # each (B, d)
     for step in range(num_steps):
-        token = decoder.vocabulary.soft_token(states[-1], temperature)  # (B, d)
+        rows = sum(steps > step for steps in own_steps)
+        if rows < len(states[-1]):
+            select_rows(cache, slice(rows))
+        token = decoder.vocabulary.soft_token(states[-1][:rows], temperature)  # (rows, d)
         out = decoder.transformer(
             inputs_embeds=token.unsqueeze(1),
-            attention_mask=mask[:, : longest + step + 1],
-            position_ids=length + step,
+            attention_mask=mask[:rows, : longest + step + 1],
+            position_ids=length[:rows] + step,
             past_key_values=cache,
             use_cache=True,
         )
         states.append(out.last_hidden_state[:, -1])
+    states = [F.pad(state, (0, 0, 0, len(order) - len(state))) for state in states]
     return _restore(torch.stack(states, dim=1), order)
+
+
+def encode_prompt(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    pooling: str,
+    attention: str,
+    prompt_tokens: int | None = None,
+) -> Tensor:
+    """The encoder-only baselines: one pass over the prompt, no cache, no soft tokens.
+
+    Under bidirectional attention a layer with a sliding window keeps it, in both directions.
+
+    Args:
+        decoder: The backbone, taken apart.
+        input_ids: (B, N) token ids, padded on either side.
+        attention_mask: (B, N), 1 for tokens and 0 for padding; every row has at least one token.
+        pooling: ``prompt_mean`` for the mean of all tokens' states, the instruction's included; any other for the
+            state of the last token.
+        attention: One of `ATTENTIONS`.
+        prompt_tokens: As in `refine`; an instruction is not shared, as its states may depend on the text.
+
+    Returns:
+        (B, 1, d).
+
+    Raises:
+        UsageError: The prompt is longer than the backbone's positions.
+        UnsupportedBackboneError: Bidirectional attention over a family that no test covers.
+    """
+    _check(decoder, attention_mask, [0] * len(input_ids), 1.0)
+    options = {}
+    if attention == "bidirectional":
+        if (kind := str(getattr(decoder.transformer.config, "model_type", "unknown"))) not in PARITY_TESTED:
+            raise UnsupportedBackboneError(f"bidirectional attention is not tested for {kind}; use attention: causal")
+        options["is_causal"] = False  # transformers then makes the masks of all layers, and attention itself, two-sided
+    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=False)
+    vectors = []
+    for prompt in prompts:
+        out = decoder.transformer(
+            input_ids=prompt.ids,
+            attention_mask=prompt.mask,
+            position_ids=(prompt.mask.cumsum(dim=1) - 1).clamp_min(0),
+            use_cache=False,
+            **options,
+        )
+        states = out.last_hidden_state  # (b, N, d)
+        if pooling == "prompt_mean":
+            padding = (prompt.mask == 0).unsqueeze(-1)
+            sums = states.float().masked_fill(padding, 0).sum(dim=1)
+            vectors.append(sums / prompt.mask.sum(dim=1, keepdim=True))
+        else:
+            vectors.append(states[:, -1])
+    return _restore(torch.cat(vectors).unsqueeze(1), [row for prompt in prompts for row in prompt.rows])
 
 
 def _start_cache(decoder: Decoder, prompt: PromptGroup, prefixes: dict[tuple[int, ...], DynamicCache]) -> DynamicCache:
@@ -125,7 +199,7 @@ def recompute_states(
 
     The yardstick of the parity check; K + 1 times the prompt's cost. Arguments and result as in `refine`.
     """
-    _check(decoder, attention_mask, num_steps, temperature)
+    _check(decoder, attention_mask, [num_steps] * len(input_ids), temperature)
     input_ids, attention_mask = align_right(input_ids, attention_mask)
     embeddings = decoder.vocabulary.embedding(input_ids)  # (B, N, d)
     one = attention_mask.new_ones(len(attention_mask), 1)
@@ -158,6 +232,8 @@ def pool_steps(states: Tensor, pooling: str) -> Tensor:
     states = states.float()
     if states.shape[1] == 1:
         return states
+    if pooling == "prompt_mean":
+        raise UsageError("pooling prompt_mean knows no refinement steps; use num_steps 0")
     if pooling == "last":
         return states[:, 1:]
     first = 0 if pooling == "mean_with_prompt" else 1
@@ -166,18 +242,39 @@ def pool_steps(states: Tensor, pooling: str) -> Tensor:
     return (sums / counts)[:, 1 - first :]
 
 
-def _check(decoder: Decoder, attention_mask: Tensor, num_steps: int, temperature: float) -> None:
-    if num_steps < 0:
-        raise UsageError(f"num_steps must be 0 or more, not {num_steps}")
+def keep_finished(step_embeddings: Tensor, states: Tensor, num_steps: Sequence[int]) -> Tensor:
+    """Let rows that took fewer steps than others keep their last embedding.
+
+    Args:
+        step_embeddings: (B, K, d) of the largest K, as `pool_steps` returns them.
+        states: (B, K + 1, d), as `refine` returns them.
+        num_steps: Each row's own K; with 0 its embedding is h_0.
+
+    Returns:
+        (B, K, d), where z_k of a row with k above its own K is its last.
+    """
+    own = torch.tensor(num_steps, device=states.device).unsqueeze(1)  # (B, 1)
+    steps = torch.arange(1, step_embeddings.shape[1] + 1, device=states.device)
+    last = torch.minimum(steps, own.clamp_min(1)) - 1  # (B, K)
+    kept = step_embeddings.gather(1, last.unsqueeze(-1).expand_as(step_embeddings))
+    return torch.where((own == 0).unsqueeze(-1), states[:, :1].to(kept.dtype), kept)
+
+
+def _check(decoder: Decoder, attention_mask: Tensor, num_steps: Sequence[int], temperature: float) -> None:
+    if len(num_steps) != len(attention_mask):
+        raise UsageError(f"num_steps has {len(num_steps)} numbers for {len(attention_mask)} texts; give one K for each")
+    if min(num_steps) < 0:
+        raise UsageError(f"num_steps must be 0 or more, not {min(num_steps)}")
     if temperature <= 0:
         raise UsageError(f"the soft-token temperature must be above 0, not {temperature}")
+    most = max(num_steps)
     longest = int(attention_mask.sum(dim=1).max())
-    if longest + num_steps > decoder.max_positions:
+    if longest + most > decoder.max_positions:
         raise UsageError(
-            f"{longest} prompt and {num_steps} soft tokens exceed the backbone's {decoder.max_positions} positions; "
-            f"lower max_seq_length to {decoder.max_positions - num_steps} or num_steps"
+            f"{longest} prompt and {most} soft tokens exceed the backbone's {decoder.max_positions} positions; "
+            f"lower max_seq_length to {decoder.max_positions - most} or num_steps"
         )
-    if num_steps and decoder.transformer.training and _checkpointing(decoder):
+    if most and decoder.transformer.training and _checkpointing(decoder):
         raise UsageError("gradient checkpointing switches the key-value cache off; train with smaller batches instead")
 
 

@@ -54,7 +54,7 @@ class WordModel:
         self.calls: list[int] = []
         self.encoder: Any = SimpleNamespace(
             reference=SimpleNamespace(sha256=checksum),
-            refinement=SimpleNamespace(pooling="mean", temperature=1.0),
+            refinement=SimpleNamespace(pooling="mean", temperature=1.0, attention="causal"),
             get_config_dict=lambda: {"weights": "backbone"},
             backbone=SimpleNamespace(named_parameters=list),
             max_seq_length=self.max_seq_length,

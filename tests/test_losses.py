@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,100 @@ def test_matryoshka_averages_over_widths(model: GIRCSE) -> None:
         both(batch)
     assert both.last_step_losses == pytest.approx(((parts[0] + parts[1]) / 2).tolist(), rel=1e-5)
     assert not torch.allclose(parts[0], parts[1])
+
+
+def test_later_steps_may_count_more() -> None:
+    losses = torch.tensor([1.0, 2.0, 0.5])
+    expected = (1 * 1.0 + 2 * 2.0 + 3 * 0.5) / 6
+    assert float(combine_steps(losses, 0.0, step_weights="linear")) == pytest.approx(expected)
+    assert float(combine_steps(losses, 1.0, step_weights="linear")) == pytest.approx(expected + math.log(2) / 2)
+    assert float(combine_steps(losses[:1], 1.0, step_weights="linear")) == 1.0
+
+
+def test_a_detached_reference_gets_no_gradient_of_the_penalty() -> None:
+    """The value is the same. L_1 is the reference of a step that is worse, and would be pushed up."""
+    gradients = []
+    for detach in (False, True):
+        losses = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
+        total = combine_steps(losses, 3.0, detach_reference=detach)
+        assert total.item() == pytest.approx(3.5 / 3 + 3 * math.log(2) / 2)
+        total.backward()
+        assert losses.grad is not None
+        gradients.append(losses.grad.tolist())
+    assert gradients[0] == pytest.approx([1 / 3 - 3 / 2 / 1.0, 1 / 3 + 3 / 2 / 2.0, 1 / 3])
+    assert gradients[1] == pytest.approx([1 / 3, 1 / 3 + 3 / 2 / 2.0, 1 / 3])
+
+
+@pytest.mark.parametrize("options", [{"step_weights": "linear"}, {"detach_reference": True}])
+def test_the_loss_honours_both(model: GIRCSE, options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    embeddings = torch.randn(9, 3, 32)
+    embeddings[3:6, 0] = embeddings[:3, 0]  # the first step is the best, so that there is a penalty
+    embeddings.requires_grad_(True)
+    plain, switched = ICRLoss(model, 0.5), ICRLoss(model, 0.5, **options)
+    allowed = plain.allowed_candidates(columns(model, ANCHORS, POSITIVES, NEGATIVES))
+    (a,) = torch.autograd.grad(plain.contrast(embeddings, allowed), embeddings)
+    (b,) = torch.autograd.grad(switched.contrast(embeddings, allowed), embeddings)
+    assert not torch.allclose(a, b, rtol=1e-3)
+    with pytest.raises(UsageError, match="uniform, linear"):
+        ICRLoss(model, step_weights="square")
+
+
+def teacher_by_hand(
+    model: GIRCSE, texts: list[list[str]], labels: torch.Tensor, tau: float, warmth: float
+) -> list[float]:
+    """KL(teacher ‖ student) at every step over all candidates, in plain loops."""
+    steps = [torch.tensor(model.encode_steps(column)) for column in texts]
+    candidates, told = torch.cat(steps[1:]), torch.cat([labels[:, column] for column in range(1, len(texts))])
+
+    def log_softmax(scores: list[float]) -> list[float]:
+        total = math.log(sum(map(math.exp, scores)))
+        return [score - total for score in scores]
+
+    divergences = []
+    for k in range(steps[0].shape[1]):
+        total = 0.0
+        for row in range(len(texts[0])):
+            student = [float(F.cosine_similarity(steps[0][row, k], other[k], dim=0)) / tau for other in candidates]
+            teacher = [float(F.cosine_similarity(labels[row, 0], other, dim=0)) / warmth for other in told]
+            pairs = zip(log_softmax(teacher), log_softmax(student), strict=True)
+            total += sum(math.exp(p) * (p - q) for p, q in pairs)
+        divergences.append(total / len(texts[0]))
+    return divergences
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_teacher_has_its_share_of_every_step(model: GIRCSE, share: float) -> None:
+    texts = [ANCHORS, POSITIVES, NEGATIVES]
+    labels = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
+    keep = [[row, *(j for j in range(6) if j != row)] for row in range(3)]
+    _, contrasts = by_hand(model, texts, 0.5, 0.0, keep)
+    divergences = teacher_by_hand(model, texts, labels, 0.5, 0.2)
+    expected = [(1 - share) * a + share * b for a, b in zip(contrasts, divergences, strict=True)]
+    loss = ICRLoss(model, 0.5, teacher_weight=share, teacher_temperature=0.2)
+    with torch.no_grad():
+        total = float(loss(columns(model, *texts), labels))
+    assert loss.last_step_losses == pytest.approx(expected, rel=1e-4)
+    assert total == pytest.approx(float(combine_steps(torch.tensor(expected), 1.0)), rel=1e-4)
+
+
+def test_cached_gradients_equal_plain_ones_with_a_teacher(model: GIRCSE) -> None:
+    model.encoder.backbone.requires_grad_(True)
+    batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
+    labels = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"temperature": 0.5, "teacher_weight": 0.6, "teacher_temperature": 0.2}
+    found = []
+    for loss in (ICRLoss(model, **options), CachedICRLoss(model, mini_batch_size=4, **options)):
+        model.zero_grad()
+        value = loss(batch, labels)
+        value.backward()
+        found.append((value.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert len(found[0][1]) == len(found[1][1]) > 0
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-7
+    with torch.no_grad():
+        assert ICRLoss(model, **options)(batch).item() != pytest.approx(found[0][0], rel=1e-3), "without labels"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from gircse.decoders import PARITY_TESTED, Decoder
+from gircse.errors import UsageError
 from gircse.prompts import shared_prefix
-from gircse.refiner import pool_steps, refine
+from gircse.refiner import keep_finished, pool_steps, refine
 from tests.tiny import FAMILIES, random_batch, tiny_model
 
 STEPS = 4
@@ -94,6 +95,37 @@ def test_grouped_prompt_passes_and_a_shared_prefix_change_nothing(family: str, n
     with torch.no_grad():  # several groups written into one preallocated cache
         states = refine(Decoder.from_model(tiny_model(family)), ids, mask, num_steps=num_steps, prompt_tokens=40)
     assert relative_error(states, results[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2-softcap", "gpt2-learned-positions"])
+def test_rows_with_a_k_of_their_own_equal_runs_of_that_k(family: str) -> None:
+    own = [2, 0, 4, 1, 4, 3]
+    ids, mask = random_batch([14, 9, 20, 12, 8, 17], side="left")
+    results, gradients = [], []
+    for ragged in (True, False):
+        model = tiny_model(family)
+        if ragged:
+            states = refine(Decoder.from_model(model), ids, mask, num_steps=own, prompt_tokens=40)
+        else:  # one run for each row
+            rows = [
+                refine(Decoder.from_model(model), ids[[row]], mask[[row]], num_steps=steps)[0]
+                for row, steps in enumerate(own)
+            ]
+            states = torch.stack([F.pad(row, (0, 0, 0, max(own) + 1 - len(row))) for row in rows])
+        states.square().sum().backward()
+        results.append(states.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative_error(results[0], results[1]) <= 1e-5
+    assert relative_error(gradients[0], gradients[1]) <= 1e-4
+    with torch.no_grad():  # the preallocated cache
+        states = refine(Decoder.from_model(tiny_model(family)), ids, mask, num_steps=own, prompt_tokens=40)
+    assert relative_error(states, results[1]) <= 1e-5
+    pooled = keep_finished(pool_steps(states, "mean"), states, own)
+    for row, steps in enumerate(own):
+        expected = states[row, 1 : steps + 1].mean(dim=0) if steps else states[row, 0]
+        assert relative_error(pooled[row, -1], expected) <= 1e-6
+    with pytest.raises(UsageError, match="3 numbers for 6 texts"):
+        refine(Decoder.from_model(tiny_model(family)), ids, mask, num_steps=[1, 2, 3])
 
 
 def test_the_shared_prefix_is_found_and_leaves_every_row_a_token() -> None:

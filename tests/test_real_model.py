@@ -64,7 +64,7 @@ def test_the_checkpoint_says_where_it_comes_from() -> None:
     config = json.loads((folder / "gircse_config.json").read_text())
     assert config["backbone"]["name"] == "smollm2-135m"
     assert config["weights"] == "adapter"
-    assert config["training"]["recipe"]["seed"] == 17
+    assert config["training"]["recipe"]["seed"] == 29
     card = (folder / "README.md").read_text()
     for source in config["training"]["recipe"]["data"]["sources"]:
         assert source["file"] in card

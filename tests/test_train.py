@@ -7,12 +7,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 import zstandard
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from gircse.errors import GircseError, InputDataError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
@@ -20,7 +24,8 @@ from gircse.model import GIRCSE
 from gircse.train.data import example_counts, load_training_data, read_rows
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
-from gircse.train.run import make_losses, make_model, train
+from gircse.train.run import load_teacher, make_losses, make_model, train
+from tests.tiny import tiny_backbone, tiny_tokenizer
 
 ROWS = [
     {
@@ -97,6 +102,16 @@ def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: 
         ({"model": {"num_steps": -1}}, "model.num_steps: Input should be greater than or equal to 0"),
         ({"loss": {"temperature": 0}}, "loss.temperature"),
         ({"model": {"pooling": "max"}}, "model.pooling"),
+        ({"model": {"attention": "bidirectional"}}, "model: bidirectional attention is for encoder-only models"),
+        (
+            {"model": {"pooling": "prompt_mean", "num_steps": 2}},
+            "model: pooling prompt_mean is for encoder-only models",
+        ),
+        ({"loss": {"step_weights": "linear", "stepwise": False}}, "loss: step_weights weighs the losses of all steps"),
+        ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
+        ({"loss": {"teacher_weight": 0.9}}, "loss: teacher_weight and teacher_temperature need a teacher"),
+        ({"model": {"num_steps": 1}, "training": {"random_steps": True}}, "training.random_steps draws K"),
+        ({"evaluation": {"tasks": ["a"], "evry": 1}}, "unknown key evaluation.evry; did you mean every?"),
         ({"data": None}, "data"),
     ],
 )
@@ -320,3 +335,122 @@ def test_set_replaces_values_of_the_recipe(folder: Path, backbone: Path) -> None
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_in_the_repository_is_valid(recipe: Path) -> None:
     load_recipe(recipe)
+
+
+def test_k_is_drawn_for_every_batch(folder: Path, backbone: Path) -> None:
+    """From the seed and the step alone; the model's own K is what it was."""
+    content = values(folder, backbone)
+    content["model"]["num_steps"] = 4
+    content["training"]["random_steps"] = True
+
+    def drawn(name: str) -> list[int]:
+        logs: list[dict[str, float]] = []
+        model = train(load_recipe(write(folder, content)), folder / name, report=logs.append)
+        assert model.num_steps == GIRCSE(str(folder / name), device="cpu").num_steps == 4
+        return [sum(key.startswith("step_loss_") for key in log) for log in logs if "loss" in log]
+
+    first = drawn("first")
+    assert len(first) == 6
+    assert set(first) <= {1, 2, 3, 4}
+    assert len(set(first)) > 1
+    assert drawn("second") == first
+    content["seed"] = 5
+    assert drawn("third") != first
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_spoilt(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of step 5 is finite, its gradient is not; clipping would spread it to every weight."""
+    contrast, calls = ICRLoss.contrast, iter(range(1, 9))
+
+    def broken(self: ICRLoss, *arguments: Any) -> torch.Tensor:
+        value = contrast(self, *arguments)
+        return value if next(calls) < 5 else value + (value - value.detach()).sqrt()
+
+    monkeypatch.setattr(ICRLoss, "contrast", broken)
+    with pytest.raises(GircseError, match=r"gradient at step 5 is not finite.*checkpoint-4$"):
+        train(load_recipe(write(folder, values(folder, backbone))), folder / "out")
+    kept = GIRCSE(str(folder / "out" / "checkpoints" / "checkpoint-4"), device="cpu")
+    assert all(bool(parameter.isfinite().all()) for parameter in kept.parameters())
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A SentenceTransformer that is none of ours: a table of vectors."""
+    torch.manual_seed(0)
+    model = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(), embedding_dim=7)], device="cpu")
+    model.save_pretrained(str(tmp_path / "teacher"))
+    return tmp_path / "teacher"
+
+
+def test_a_teacher_has_a_say_in_the_sources_that_let_it(folder: Path, backbone: Path, teacher: Path) -> None:
+    content = values(folder, backbone)
+    content["training"]["learning_rate"] = 1e-12  # all losses are the untrained model's
+    recipe = load_recipe(write(folder, content))
+
+    def losses(name: str) -> list[float]:
+        logs: list[dict[str, float]] = []
+        train(load_recipe(write(folder, content)), folder / name, report=logs.append)
+        return [log["loss"] for log in logs if "loss" in log]
+
+    alone = losses("alone")
+    content["loss"] = {"teacher": str(teacher), "teacher_weight": 0.5, "teacher_temperature": 0.1}
+    content["data"]["sources"][1]["teacher"] = False
+    taught = load_recipe(write(folder, content))
+    data = load_training_data(taught, load_teacher(str(teacher)))
+    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert np.array(data["rows/a"][:]["label"]).shape == (16, 3, 7)  # rows, columns, width
+    assert data.keys() == load_training_data(recipe).keys()
+    row = data["rows/a"][0]
+    for column, label in zip(("anchor", "positive", "negative_1"), row["label"], strict=True):
+        text = row[column].removeprefix("Instruct: do a\nQuery:")
+        expected = SentenceTransformer(str(teacher), device="cpu").encode(text)
+        assert label == pytest.approx(expected.tolist(), rel=1e-5), "the teacher reads no instructions"
+    changed = [a != pytest.approx(b, rel=1e-3) for a, b in zip(alone, losses("taught"), strict=True)]
+    assert sorted(changed) == [False] * 2 + [True] * 4, "two batches of b, four of a"
+
+
+def test_training_goes_on_from_a_saved_adapter(folder: Path, backbone: Path) -> None:
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(1)
+    saved = GIRCSE.from_backbone(str(backbone), num_steps=2, max_seq_length=30, lora=lora, device="cpu")
+    saved.save_pretrained(str(folder / "saved"))
+    content: dict[str, Any] = values(folder, backbone) | {"start_from": str(folder / "saved")}
+    content["data"]["sources"] = content["data"]["sources"][:1]
+    content["data"]["sources"][0]["examples"] = 4  # one batch, whose order does not matter
+    content["training"]["warmup_steps"] = 0  # the only step is to move something
+    recipe = load_recipe(write(folder, content))
+    rows = load_training_data(recipe)["rows/a"][:]
+    with torch.no_grad():
+        expected = float(ICRLoss(saved)([saved.preprocess(rows[key]) for key in ("anchor", "positive", "negative_1")]))
+    logs: list[dict[str, float]] = []
+    trained = train(recipe, folder / "out", report=logs.append)
+    assert logs[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    before, after = saved.state_dict(), trained.state_dict()
+    moved = {name for name in before if (before[name] - after[name]).abs().max() > 1e-6}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+    other = tiny_backbone(folder / "other", seed=5)
+    with pytest.raises(GircseError, match="name the same backbone"):
+        make_model(load_recipe(write(folder, content | {"backbone": str(other)})))
+    for lora_changes in ({"r": 3, "alpha": 4}, {"r": 2, "alpha": 4, "dropout": 0.1}):
+        with pytest.raises(GircseError, match="make them equal"):
+            make_model(load_recipe(write(folder, content | {"lora": lora_changes})))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"])
+def test_accelerate_knows_every_key_of_its_configurations(name: str) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(f"recipes/accelerate/{name}.yaml")  # refuses keys that it does not know
+    assert isinstance(config, ClusterConfig)
+    kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP}
+    assert config.distributed_type == kinds.get(name, DistributedType.DEEPSPEED)
+    assert config.mixed_precision in ("no", "bf16")
+    nested = (config.fsdp_config or {}) | (config.deepspeed_config or {})  # these it would take unread
+    assert bool(nested) == (name != "ddp")
+    assert nested.keys() <= {action.dest for action in launch_command_parser()._actions}

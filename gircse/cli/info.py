@@ -94,6 +94,7 @@ def _model(model: str | None) -> dict[str, Any]:
         "dimension": loaded.get_embedding_dimension(),
         "num_steps": loaded.num_steps,
         "pooling": encoder.refinement.pooling,
+        "attention": encoder.refinement.attention,
         "soft-token temperature": encoder.refinement.temperature,
         "max_seq_length": encoder.refinement.max_seq_length,
         "query prompt": repr(loaded.prompts.get("query")),

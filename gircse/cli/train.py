@@ -23,6 +23,9 @@ def train(
         Path | None, typer.Option("--output", "-o", help="Folder of the trained model and its checkpoints.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the training files, instead of the recipe's.")] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Folder of the tasks scored during training, instead of the recipe's.")
+    ] = None,
     num_steps: Annotated[
         int | None, typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only baseline.")
     ] = None,
@@ -40,7 +43,8 @@ def train(
     """Train an embedding model with Iterative Contrastive Refinement.
 
     Checkpoints are written as the recipe says; stopped or killed, the same command with --resume goes on from the last
-    one. The losses of the single steps L_1..L_K are logged to OUTPUT/log.jsonl.
+    one. The losses of the single steps L_1..L_K are logged to OUTPUT/log.jsonl, and so are the scores of the recipe's
+    evaluation; the checkpoint with the best mean then becomes the model.
 
     [bold]Examples[/bold]
 
@@ -60,6 +64,8 @@ def train(
         overrides[key] = value
     if data is not None:
         overrides["data.folder"] = str(data)
+    if eval_data is not None:
+        overrides["evaluation.folder"] = str(eval_data)
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
 
@@ -102,3 +108,8 @@ def _print_plan(plan: TrainingPlan, batch_size: int) -> None:
         f"[bold]time[/]: at least {plan.seconds_per_step:.1f} s a step, {hours:.1f} h "
         f"in all, at the {plan.matrix_flops / 1e9:,.0f} GFLOPS of matrix products measured here"
     )
+    if (evaluation := plan.evaluation) is not None:
+        items = f"up to {evaluation['limit']} items a task" if evaluation["limit"] else "all items"
+        console.print(f"[bold]evaluation[/]: every {evaluation['every']} steps and at the end, {items}")
+        for name, files in evaluation["tasks"].items():
+            console.print(f"  {name} ({files})")

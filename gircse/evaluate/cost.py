@@ -77,7 +77,7 @@ def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
         attention_width=heads * int(getattr(config, "head_dim", None) or width // heads),
         vocabulary=int(first.decoder.vocabulary.embedding.num_embeddings) if generative else 0,
         width=width,
-        causal=generative,
+        causal=generative and first.refinement.attention == "causal",
     )
 
 

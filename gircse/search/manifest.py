@@ -137,6 +137,8 @@ def model_checksum(model: GIRCSE) -> str:
     encoder = model.encoder
     refinement, weights = encoder.refinement, encoder.get_config_dict()["weights"]
     facts = [encoder.reference.sha256, weights, refinement.pooling, refinement.temperature]
+    if refinement.attention != "causal":  # which older indexes do not say
+        facts.append(refinement.attention)
     digest = sha256(json.dumps(facts).encode())
     for name, parameter in sorted(encoder.backbone.named_parameters()):
         if weights == "full" or (weights == "adapter" and "lora_" in name):

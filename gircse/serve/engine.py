@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 
 class ModelBackend:
-    """A GIRCSE model as the engine's backend: rows of different K share a run of the largest.
+    """A GIRCSE model as the engine's backend: rows of different K share a run, and leave it after their own.
 
     Args:
         model: The model.
@@ -46,18 +46,14 @@ class ModelBackend:
         self.model = model.eval()
 
     def embed(self, ids: Sequence[Sequence[int]], num_steps: Sequence[int]) -> np.ndarray:
-        """As `Backend.embed`. The embeddings after k steps are prefix means, so one run holds those of every K."""
+        """As `Backend.embed`."""
         import torch
 
         with torch.inference_mode():
             features = self.model.encoder.pad(ids)
             features = {name: value.to(self.model.device) for name, value in features.items()}
-            out = self.model(features, num_steps=max(num_steps))
-            steps = torch.tensor(num_steps, device=self.model.device)
-            rows = torch.arange(len(ids), device=self.model.device)
-            after = out["step_embeddings"][rows, (steps - 1).clamp_min(0)]  # (n, d)
-            vectors = torch.where(steps[:, None] == 0, out["refinement_states"][:, 0].float(), after.float())
-            return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+            vectors = self.model(features, num_steps=list(num_steps))["sentence_embedding"]
+            return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -258,7 +254,7 @@ class Engine:
             error = raised
             logger.exception("a batch of %d texts failed", len(rows))
         seconds = time.monotonic() - started
-        padded = (max(map(len, ids)) + max(steps)) * len(rows)
+        padded = max(map(len, ids)) * len(rows) + sum(steps)
         waits = [started - job.payload.submitted for job, _ in rows]
         self._on_batch(
             BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, error is not None)

@@ -14,8 +14,9 @@ from typing import Any
 SMALL_BATCH_TOKENS = 512
 """Up to this many padded tokens a batch may mix any lengths and K: padding costs less than another pass."""
 
-MIN_FILL = 0.8
-"""Share of a larger batch's padded tokens that are not padding."""
+MIN_FILL = 0.6
+"""Share of a larger batch's padded tokens that are not padding. Its prompts are run in groups of similar length, so
+that padding costs less than it counts here."""
 
 
 class Job:
@@ -48,23 +49,23 @@ class Batch:
     Attributes:
         rows: Jobs and the indices of their texts.
         longest: Prompt tokens of the longest row.
-        num_steps: The largest K.
-        tokens: Sum over the rows of prompt tokens and K.
+        soft_tokens: Sum of the rows' K.
+        tokens: That, and the sum of their prompt tokens.
     """
 
     rows: list[tuple[Job, int]]
     longest: int = 0
-    num_steps: int = 0
+    soft_tokens: int = 0
     tokens: int = 0
 
     @property
     def padded_tokens(self) -> int:
-        """What the batch costs: (longest + K) × rows."""
-        return (self.longest + self.num_steps) * len(self.rows)
+        """What the batch costs: the longest prompt × rows, and each row's own K."""
+        return self.longest * len(self.rows) + self.soft_tokens
 
     def admits(self, length: int, num_steps: int, budget: int) -> bool:
         """Whether a row would fit the budget without too much padding."""
-        padded = (max(self.longest, length) + max(self.num_steps, num_steps)) * (len(self.rows) + 1)
+        padded = max(self.longest, length) * (len(self.rows) + 1) + self.soft_tokens + num_steps
         useful = self.tokens + length + num_steps
         return padded <= budget and (padded <= SMALL_BATCH_TOKENS or useful >= MIN_FILL * padded)
 
@@ -72,7 +73,7 @@ class Batch:
         """Put a row in."""
         self.rows.append((job, row))
         self.longest = max(self.longest, job.lengths[row])
-        self.num_steps = max(self.num_steps, job.num_steps)
+        self.soft_tokens += job.num_steps
         self.tokens += job.lengths[row] + job.num_steps
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +41,7 @@ class TrainingPlan:
         memory_bytes: Estimated peak: weights, optimiser, gradients, and what one micro-batch keeps for its backward.
         seconds_per_step: At this machine's measured matrix rate; a lower bound.
         matrix_flops: That rate, operations a second.
+        evaluation: What is scored during training and when, as `describe_evaluation` says it; None for nothing.
     """
 
     examples: dict[str, int]
@@ -54,14 +56,21 @@ class TrainingPlan:
     memory_bytes: float
     seconds_per_step: float
     matrix_flops: float
+    evaluation: dict[str, Any] | None
 
 
 def plan_training(recipe: Recipe) -> TrainingPlan:
     """Read the data, tokenise a sample, and estimate.
 
     Raises:
-        GircseError: As `gircse.train.run.train` for data and backbone.
+        MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
+        GircseError: As `gircse.train.run.train` for data, evaluation tasks and backbone.
     """
+    evaluation = None
+    if recipe.evaluation is not None:
+        from gircse.train.evaluation import describe_evaluation
+
+        evaluation = describe_evaluation(recipe.evaluation)
     data = load_training_data(recipe)
     place = resolve_backbone(recipe.backbone).path
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -89,7 +98,9 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
 
     mean_tokens = sum(cut) / len(cut)
     texts = columns * recipe.training.batch_size
-    flops = texts * step_flops(mean_tokens, recipe.model.num_steps, layers, head, frozen=lora is not None)
+    num_steps = recipe.model.num_steps
+    mean_steps = (1 + num_steps) / 2 if recipe.training.random_steps else num_steps
+    flops = texts * step_flops(mean_tokens, mean_steps, layers, head, frozen=lora is not None)
     if recipe.training.micro_batch_size is not None:
         flops *= 4 / 3 if lora is None else 3 / 2  # one forward pass more
     rate = matrix_rate()
@@ -99,8 +110,8 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
     memory = (
         parameters * element
         + trained * 4 * (4 if lora is None else 3)
-        + group * (mean_tokens + recipe.model.num_steps) * kept
-        + group * recipe.model.num_steps * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
+        + group * (mean_tokens + num_steps) * kept
+        + group * num_steps * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
     )
     return TrainingPlan(
         examples={str(name): len(rows) for name, rows in data.items()},
@@ -115,15 +126,17 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
         memory_bytes=memory,
         seconds_per_step=flops / rate,
         matrix_flops=rate,
+        evaluation=evaluation,
     )
 
 
-def step_flops(tokens: float, num_steps: int, layers: int, head: int, *, frozen: bool) -> float:
+def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:
     """Operations of one text in a training step: 2 a weight and token forward, the same backward per gradient kept.
 
     Args:
         tokens: Of the prompt.
-        num_steps: K; each soft token passes the layers once and the vocabulary twice (head and embedding table).
+        num_steps: K, or its mean; each soft token passes the layers once and the vocabulary twice (head and embedding
+            table).
         layers: Weights of the linear layers.
         head: Weights of the LM head.
         frozen: With frozen weights the backward pass computes gradients of the inputs only.

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 from gircse.encoder import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError
-from gircse.refiner import Pooling
+from gircse.losses import StepWeights
+from gircse.refiner import Attention, Pooling
 
 try:
     import yaml
@@ -31,6 +32,12 @@ class ModelSection(_Section):
     pooling: Pooling = "mean"
     temperature: float = Field(default=1.0, gt=0, description="soft-token temperature")
     max_seq_length: int = Field(default=512, ge=1, description="longest prompt in tokens at inference")
+    attention: Attention = Field(default="causal", description="over the prompt; bidirectional for num_steps 0 only")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelSection:
+        RefinementConfig(**self.model_dump())  # says what does not
+        return self
 
 
 class LoraSection(_Section):
@@ -47,6 +54,8 @@ class LossSection(_Section):
     temperature: float = Field(default=0.02, gt=0)
     refinement_weight: float = Field(default=1.0, ge=0, description="λ")
     stepwise: bool = Field(default=True, description="a loss at every step; False: after the last one only")
+    step_weights: StepWeights = Field(default="uniform", description="linear: the loss of step k counts k times")
+    detach_reference: bool = Field(default=False, description="the penalty leaves the earlier step alone")
     false_negative_margin: float | None = Field(
         default=None, description="leave out negatives closer to the anchor than the positive by more than this"
     )
@@ -60,8 +69,17 @@ class LossSection(_Section):
 
     @model_validator(mode="after")
     def _someone_to_weigh(self) -> LossSection:
-        if self.teacher is None and self.model_fields_set & {"teacher_weight", "teacher_temperature"}:
+        settings = {name: type(self).model_fields[name].default for name in ("teacher_weight", "teacher_temperature")}
+        if self.teacher is None and any(getattr(self, name) != default for name, default in settings.items()):
             raise ValueError("teacher_weight and teacher_temperature need a teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_switch(self) -> LossSection:
+        if self.step_weights != "uniform" and not self.stepwise:
+            raise ValueError("step_weights weighs the losses of all steps, and stepwise: false leaves one of them")
+        if self.detach_reference and (not self.stepwise or not self.refinement_weight):
+            raise ValueError("detach_reference is about the penalty, which needs stepwise and a refinement_weight")
         return self
 
 
@@ -154,9 +172,29 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     log_every: int = Field(default=5, ge=1)
+    random_steps: bool = Field(default=False, description="draw K from 1 to num_steps for every batch")
     gather_across_devices: bool = Field(default=False, description="negatives of all processes")
     dtype: Literal["float32", "bfloat16"] = "float32"
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="where the logs go besides")
+
+
+class EvaluationSection(_Section):
+    """A small suite that is scored during training, at the model's own K; the checkpoint with the best mean is kept.
+
+    Attributes:
+        folder: Of task folders, as for `gircse evaluate`.
+        tasks: Their names; ``TASK/SUBSET`` for one subset.
+        split: ``dev`` takes dev.jsonl or validation.jsonl where a task has one, and test.jsonl where not; ``test``
+            always the latter.
+        limit: Items to keep of every task, the same ones every time; null keeps all.
+        every: Steps between evaluations; there is one at the end as well.
+    """
+
+    folder: Path = Path("data/eval")
+    tasks: list[str] = Field(min_length=1)
+    split: Literal["dev", "test"] = "dev"
+    limit: int | None = Field(default=200, ge=10)
+    every: int = Field(default=100, ge=1)
 
 
 class Recipe(_Section):
@@ -173,6 +211,13 @@ class Recipe(_Section):
     loss: LossSection = LossSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection | None = Field(default=None, description="null: none")
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Recipe:
+        if self.training.random_steps and self.model.num_steps < 2:
+            raise ValueError("training.random_steps draws K from 1 to model.num_steps, which must then be 2 or more")
+        return self
 
     def refinement(self) -> RefinementConfig:
         """The checkpoint's configuration."""
@@ -217,7 +262,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg']}"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
     near = difflib.get_close_matches(str(problem["loc"][-1]), _fields_at(problem["loc"][:-1]), n=1)
     return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
 

@@ -6,14 +6,12 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from gircse._version import __version__
@@ -22,6 +20,7 @@ from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.other_models import load_other_model
+from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, StepLosses, random_state_kept
 from gircse.train.data import Teacher, load_training_data, source_path
 from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe
@@ -32,8 +31,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
-Report = Callable[[dict[str, float]], None]
-"""Called with the trainer's logs: loss, gradient norm, learning rate, and ``step_loss_1`` ... ``step_loss_K``."""
+if TYPE_CHECKING:
+    from gircse.train.evaluation import TaskFolderEvaluator
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report | None = None) -> GIRCSE:
@@ -50,7 +49,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
 
     Raises:
         UsageError: `output` holds an earlier run and `resume` is False.
-        GircseError: Data or backbone are not to be had, or the loss stopped being a number.
+        MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
+        GircseError: Data or backbone are not to be had, or the run diverged.
     """
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
@@ -60,24 +60,54 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     # At τ = 0.02 the softmax of easy negatives, and so their gradients, underflow to denormal numbers, which CPUs
     # compute slowly and which contribute nothing.
     torch.set_flush_denormal(True)
+    evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
     teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
     data = load_training_data(recipe, teacher)
     model = make_model(recipe)
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
     losses = make_losses(recipe, model, [str(name) for name in data])
     model.max_seq_length = recipe.data.max_seq_length
-    trainer = SentenceTransformerTrainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(recipe, checkpoints),
         train_dataset=data,
         loss=losses,
-        callbacks=[_StepLosses(losses, report)],
+        evaluator=evaluator,
+        callbacks=[StepLosses(losses, report), SaveEvaluated()],
     )
+    if recipe.training.random_steps:
+        trainer.add_callback(RandomSteps(model, recipe.seed))
     with fused_lora(model):
         trainer.train(resume_from_checkpoint=last if resume else None)
+    if evaluator is not None:
+        best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
+        model.encoder.training_facts["best"] = best
     model.max_seq_length = recipe.model.max_seq_length
-    model.save_pretrained(str(output))
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(output))
     return model
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """The trainer, whose evaluations do not change the random numbers of training."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_state_kept():  # even an empty data loader draws from them
+            return super().evaluate(*args, **kwargs)
+
+
+def make_evaluator(recipe: Recipe) -> TaskFolderEvaluator | None:
+    """What scores the model during training; None where the recipe asks for nothing.
+
+    Raises:
+        MissingExtraError: The extra ``eval`` is missing.
+        GircseError: A task is not to be had.
+    """
+    if recipe.evaluation is None:
+        return None
+    from gircse.train.evaluation import TaskFolderEvaluator
+
+    return TaskFolderEvaluator(recipe.evaluation, seed=recipe.seed, max_seq_length=recipe.model.max_seq_length)
 
 
 def make_model(recipe: Recipe) -> GIRCSE:
@@ -106,6 +136,7 @@ def make_model(recipe: Recipe) -> GIRCSE:
         full_finetune=lora is None,
         dtype=getattr(torch, recipe.training.dtype),
     )
+    model.encoder.configure(**asdict(config))
     model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
     return model
 
@@ -119,11 +150,12 @@ def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
             f"{place} was trained on {encoder.reference.name} (sha256 {encoder.reference.sha256[:12]}), the recipe "
             f"names {recipe.backbone} (sha256 {expected[:12]}); name the same backbone"
         )
-    found = [(config.r, config.lora_alpha) for config in backbone.peft_config.values()] if encoder.has_adapter else []
-    wanted = [] if recipe.lora is None else [(recipe.lora.r, recipe.lora.alpha)]
+    configs: Any = backbone.peft_config.values() if encoder.has_adapter else ()
+    found = [(config.r, config.lora_alpha, config.lora_dropout) for config in configs]
+    wanted = [] if recipe.lora is None else [(recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout)]
     if found != wanted:
         raise GircseError(
-            f"{place} has LoRA layers of (r, alpha) {found}, the recipe asks for {wanted}; make them equal"
+            f"{place} has LoRA layers of (r, alpha, dropout) {found}, the recipe asks for {wanted}; make them equal"
         )
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(recipe.lora is None or "lora_" in name)
@@ -159,7 +191,7 @@ def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
     files = {source_path(recipe.data.folder, source) for source in recipe.data.sources if source.file is not None}
     return {
         "gircse": __version__,
-        "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}}),
+        "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}, "evaluation": {"folder"}}),
         "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
         "examples": examples,
     }
@@ -172,7 +204,7 @@ def _sha256(path: Path) -> str:
 
 def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTrainingArguments:
     settings = recipe.training
-    return SentenceTransformerTrainingArguments(
+    arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=settings.batch_size,
         num_train_epochs=settings.epochs,
@@ -193,34 +225,9 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTraining
         report_to=list(settings.trackers) or "none",
         disable_tqdm=False,
     )
-
-
-class _StepLosses(TrainerCallback):
-    """Adds L_1..L_K to the logs and stops a run whose loss is no number."""
-
-    def __init__(self, losses: dict[str, ICRLoss], report: Report | None) -> None:
-        self.losses, self.report = losses, report
-        self.sums: list[float] = []
-        self.count = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for loss in self.losses.values():
-            if loss.last_step_losses:
-                values = loss.last_step_losses
-                self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
-                self.count += 1
-                loss.last_step_losses = []
-        if self.sums and self.sums[-1] != self.sums[-1]:
-            raise GircseError(
-                f"the loss at step {state.global_step} is not a number; "
-                "lower the learning rate and go on from the last checkpoint with --resume"
-            )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is None:
-            return
-        if self.count and "loss" in logs:
-            logs |= {f"step_loss_{k}": round(total / self.count, 4) for k, total in enumerate(self.sums, start=1)}
-            self.sums, self.count = [], 0
-        if self.report is not None:
-            self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
+    if recipe.evaluation is not None:
+        # Set afterwards: the constructor would tie `every` to `save_every`, but every evaluation saves a checkpoint.
+        arguments.set_evaluate(strategy="steps", steps=recipe.evaluation.every, delay=0)
+        arguments.load_best_model_at_end = True
+        arguments.metric_for_best_model, arguments.greater_is_better = "eval_mean", True
+    return arguments
