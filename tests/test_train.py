@@ -154,6 +154,15 @@ def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
             list(read_rows(path))
 
 
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"task": "é"}'.encode("latin-1"))
+    (tmp_path / "torn.jsonl.zst").write_bytes(b"no zstandard")
+    (tmp_path / "torn.parquet").write_bytes(b"no table")
+    for name in ("missing.jsonl", "latin.jsonl", "torn.jsonl.zst", "torn.parquet"):
+        with pytest.raises(InputDataError, match=rf"{name}: cannot be read \(.+\); check the file"):
+            list(read_rows(tmp_path / name))
+
+
 def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     content = values(folder, backbone)
     content["data"]["sources"][0]["examples"] = 500

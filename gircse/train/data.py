@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
@@ -33,9 +34,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a ``.jsonl``, ``.jsonl.zst`` or ``.parquet`` file.
 
     Raises:
-        InputDataError: A row is no JSON object, or lacks a field; with file and line.
+        InputDataError: The file cannot be read, or a row is no JSON object or lacks a field; with file and line.
     """
-    return _checked_rows(_raw_rows(path), str(path))
+    try:
+        yield from _checked_rows(_raw_rows(path), str(path))
+    except (OSError, UnicodeDecodeError, zstandard.ZstdError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputDataError(str(path), None, f"cannot be read ({reason}); check the file") from error
 
 
 def _checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
