@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gircse.cli.common import load_model
+from gircse.errors import UsageError
 from gircse.hardware import fastest_dtype
 
 
@@ -29,6 +30,11 @@ def test_a_processor_gets_bfloat16_only_where_it_multiplies_it(
 def test_a_gpu_likewise(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert fastest_dtype("cuda:1")[0] == (torch.bfloat16 if supported else torch.float32)
+
+
+def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:
+    with pytest.raises(UsageError, match="--device nosuch: there is no such device"):
+        load_model(None, backbone=str(backbone), device="nosuch")
 
 
 def test_an_unknown_device_gets_float32() -> None:

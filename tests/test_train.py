@@ -154,6 +154,15 @@ def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
             list(read_rows(path))
 
 
+def test_a_model_to_start_from_is_missed_before_the_teacher_works(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {**values(folder, backbone), "start_from": str(folder / "nowhere"), "loss": {"teacher": "any"}}
+    monkeypatch.setattr("gircse.train.run.load_teacher", lambda name: pytest.fail("the teacher was loaded"))
+    with pytest.raises(GircseError, match="nowhere is no saved GIRCSE model"):
+        train(load_recipe(write(folder, content)), folder / "run")
+
+
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"task": "é"}'.encode("latin-1"))
     (tmp_path / "torn.jsonl.zst").write_bytes(b"no zstandard")

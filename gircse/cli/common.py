@@ -76,6 +76,10 @@ def load_model(
 
         from gircse.model import GIRCSE
 
+        try:
+            torch.device(device or "cpu")
+        except RuntimeError:
+            raise UsageError(f"--device {device}: there is no such device; cpu, cuda, cuda:1 and mps are") from None
         weights = getattr(torch, concrete_dtype(dtype, device))
         with quiet_libraries():
             if backbone is not None:

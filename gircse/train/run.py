@@ -61,9 +61,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     # compute slowly and which contribute nothing.
     torch.set_flush_denormal(True)
     evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
+    model = make_model(
+        recipe
+    )  # before the teacher reads all texts, which takes minutes: a wrong start_from is told at once
     teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
     data = load_training_data(recipe, teacher)
-    model = make_model(recipe)
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
     losses = make_losses(recipe, model, [str(name) for name in data])
     model.max_seq_length = recipe.data.max_seq_length
@@ -143,7 +145,10 @@ def make_model(recipe: Recipe) -> GIRCSE:
 
 def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     """The model to start from, its adapter or weights trainable again, with the recipe's K, pooling and prompts."""
-    model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
+    try:
+        model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
+    except OSError as error:
+        raise GircseError(f"{place} is no saved GIRCSE model; train it first, or name another in start_from") from error
     encoder, backbone = model.encoder, model.encoder.backbone
     if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
         raise GircseError(
