@@ -94,6 +94,48 @@ def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: 
     assert load_training_data(other)["rows/a"][:] != data["rows/a"][:]
 
 
+def facet_recipe(folder: Path, backbone: Path, facet: str, negatives: int, in_batch: bool) -> Recipe:
+    content = values(folder, backbone)
+    own = {"negatives": negatives, "in_batch_negatives": in_batch, "symmetric": True, "licence": "x"}
+    content["data"]["sources"] = [
+        {"file": "rows", "task": "a", "examples": 24, "instruction": "by " + facet, "facet": facet, **own}
+    ]
+    return load_recipe(write(folder, content))
+
+
+def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Path) -> None:
+    def numbers(facet: str, negatives: int, in_batch: bool) -> list[list[tuple[str, str]]]:
+        rows = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
+        prompt = f"Instruct: by {facet}\nQuery:"
+        assert all(text.startswith(prompt) for row in rows for text in row.values())
+        return [[tuple(text.removeprefix(prompt).split()) for text in row.values()] for row in rows]  # form, row
+
+    for (form, row), positive, *negatives in numbers("content", 2, True):
+        assert (positive[0] != form, positive[1]) == (True, row), "the counterpart"
+        assert len(set(negatives)) == 2
+        assert all(other[0] == form and other[1] != row for other in negatives)
+    found = numbers("form", 1, False)
+    for (form, row), positive, negative in found:
+        assert (positive[0], positive[1] != row) == (form, True), "another row in the same form"
+        assert (negative[0] != form, negative[1]) == (True, row), "the counterpart"
+    assert {anchor[0] for anchor, *_ in found} == {"query", "pos"}, "either form asks"
+
+
+def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None:
+    with pytest.raises(GircseError, match="one counterpart in the other form"):
+        facet_recipe(folder, backbone, "form", 2, False)
+    content = values(folder, backbone)
+    content["data"]["sources"][0]["facet"] = "content"
+    with pytest.raises(GircseError, match="an instruction of its own"):
+        load_recipe(write(folder, content))
+    recipe = facet_recipe(folder, backbone, "content", 1, True)
+    (folder / "data" / "rows.jsonl.zst").unlink()
+    rows = [{**ROWS[0], "query": str(i)} for i in range(24)]
+    (folder / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(GircseError, match="2 different texts on each side"):
+        load_training_data(recipe)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

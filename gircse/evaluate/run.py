@@ -34,6 +34,7 @@ from gircse._version import __version__
 from gircse.errors import GircseError
 from gircse.evaluate.encoder import GenerativeSource, StepEncoder, StepStore, TextSource, model_meta
 from gircse.evaluate.items import items_of
+from gircse.evaluate.labels import read_labels_once
 from gircse.evaluate.perturb import DESCRIPTIONS, perturb
 from gircse.evaluate.results import unpack_items
 from gircse.evaluate.statistics import DRAWS, Items, interval
@@ -234,7 +235,7 @@ def _score(
     if retrieval:
         task.task_specific_scores = partial(_keep_queries, per_query, type(task).task_specific_scores, task)
     if isinstance(task, AbsTaskClassification):
-        task._calculate_scores = partial(_with_labels_read, type(task)._calculate_scores, task)
+        read_labels_once(task)
     started = time.perf_counter()
     try:
         found = mteb.evaluate(
@@ -277,11 +278,6 @@ def _keep_queries(
     """Mteb's hook for scores of a task's own, which is handed the measures of every query."""
     kept[hf_subset, hf_split] = scores
     return original(task, scores, qrels, results, hf_split, hf_subset)
-
-
-def _with_labels_read(original: Any, task: Any, y_test: Any, y_pred: Any) -> Any:
-    """Mteb hands scikit-learn a lazy column, which a dozen measures read row by row: most of a task's time."""
-    return original(task, list(y_test[:]), y_pred)
 
 
 def _interval(items: Sequence[Items | None]) -> tuple[float, float] | None:

@@ -119,7 +119,7 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         # A generator of the source's own: adding a source does not change the rows of the others.
         generator = random.Random(f"{recipe.seed}/{source.name}")
         drawn = generator.sample(rows, count)
-        texts = [_texts(row, source, generator) for row in drawn]
+        texts = [_texts(row, source, rows, generator) for row in drawn]
         rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
         if teacher is not None and source.teacher:
             vectors = teacher([text for own in texts for text in own])
@@ -142,11 +142,7 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
     return [
         _hub_rows(source, recipe.seed)
         if source.file is None
-        else [
-            row
-            for row in wanted[source_path(recipe.data.folder, source)][str(source.task)]
-            if len(row["neg"]) >= source.negatives
-        ]
+        else [row for row in wanted[source_path(recipe.data.folder, source)][str(source.task)] if _usable(row, source)]
         for source in recipe.data.sources
     ]
 
@@ -163,7 +159,7 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
     try:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
         rows = _checked_rows((_renamed(row, name) for row in stream), name)
-        usable = (row for row in rows if source.task in (None, row["task"]) and len(row["neg"]) >= source.negatives)
+        usable = (row for row in rows if source.task in (None, row["task"]) and _usable(row, source))
         return list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -203,14 +199,38 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
     return counts
 
 
-def _texts(row: dict[str, Any], source: Source, generator: random.Random) -> list[str]:
+def _usable(row: dict[str, Any], source: Source) -> bool:
+    return source.facet is not None or len(row["neg"]) >= source.negatives
+
+
+def _texts(row: dict[str, Any], source: Source, rows: list[dict[str, Any]], generator: random.Random) -> list[str]:
     """Query, one positive, and the source's number of negatives."""
-    return [row["query"], generator.choice(row["pos"]), *generator.sample(row["neg"], source.negatives)]
+    pair = (row["query"], generator.choice(row["pos"]))
+    if source.facet is None:
+        return [*pair, *generator.sample(row["neg"], source.negatives)]
+    side = generator.randrange(2)  # either form asks
+    anchor, counterpart = pair[side], pair[1 - side]
+    same_form = _others(pair, side, rows, source.negatives, generator)
+    return [anchor, counterpart, *same_form] if source.facet == "content" else [anchor, *same_form, counterpart]
+
+
+def _others(
+    pair: tuple[str, str], side: int, rows: list[dict[str, Any]], count: int, generator: random.Random
+) -> list[str]:
+    """Texts of other rows, on one side; not the pair's own, which several rows may hold."""
+    found: list[str] = []
+    for row in generator.sample(rows, min(len(rows), 4 * count + 8)):
+        text = (row["query"], row["pos"][0])[side]
+        if text not in pair and text not in found:
+            found.append(text)
+    if len(found) < count:
+        raise GircseError(f"a facet needs {count + 1} different texts on each side; the rows have fewer")
+    return found[:count]
 
 
 def _columns(row: dict[str, Any], source: Source, texts: list[str]) -> dict[str, str]:
     """The texts with their prompts, by the name of their column."""
-    prompt = INSTRUCTION_TEMPLATE.format(instruction=row["instruction"])
+    prompt = INSTRUCTION_TEMPLATE.format(instruction=source.instruction or row["instruction"])
     passage_prompt = prompt if source.symmetric else ""
     names = ["anchor", "positive", *(f"negative_{index}" for index in range(1, len(texts) - 1))]
     prompts = [prompt, *[passage_prompt] * (len(texts) - 1)]

@@ -98,6 +98,11 @@ class Source(_Section):
         negatives: Hard negatives a row; rows with fewer are left out.
         teacher: Whether the recipe's teacher has a say. False where the instruction asks for another likeness than
             the teacher's, which reads no instructions.
+        instruction: Instead of the rows' own.
+        facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
+            prose), all rows' queries being in one form and all positives in the other. ``content``: a text's
+            counterpart is its positive, texts of other rows in its own form are its negatives. ``form``: the other
+            way round. The rows' own negatives are not used.
     """
 
     file: str | None = None
@@ -109,11 +114,13 @@ class Source(_Section):
     in_batch_negatives: bool = True
     negatives: int = Field(default=0, ge=0)
     teacher: bool = True
+    instruction: str | None = Field(default=None, min_length=1)
+    facet: Literal["content", "form"] | None = None
 
     @property
     def name(self) -> str:
-        """Of the data set that the rows become: file or hub id, and task."""
-        return "/".join(part for part in (self.file or self.hub, self.task) if part)
+        """Of the data set that the rows become: file or hub id, task, facet."""
+        return "/".join(part for part in (self.file or self.hub, self.task, self.facet) if part)
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -123,6 +130,14 @@ class Source(_Section):
             raise ValueError("name the task of the file's rows")
         if self.hub is not None and self.examples is None:
             raise ValueError("a source on the hub is streamed: give its number of examples")
+        return self
+
+    @model_validator(mode="after")
+    def _a_facet_is_named(self) -> Source:
+        if self.facet is not None and (self.instruction is None or not self.symmetric):
+            raise ValueError("a facet is asked for by an instruction of its own, on both sides: add symmetric: true")
+        if self.facet == "form" and (self.in_batch_negatives or self.negatives != 1):
+            raise ValueError("a text has one counterpart in the other form: negatives: 1, in_batch_negatives: false")
         return self
 
     @model_validator(mode="after")

@@ -61,9 +61,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     # compute slowly and which contribute nothing.
     torch.set_flush_denormal(True)
     evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
-    model = make_model(
-        recipe
-    )  # before the teacher reads all texts, which takes minutes: a wrong start_from is told at once
+    model = make_model(recipe)  # before the teacher reads all texts for minutes: a wrong start_from is told at once
     teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
     data = load_training_data(recipe, teacher)
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
