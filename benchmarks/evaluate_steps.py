@@ -1,83 +1,57 @@
-"""What scoring K = 1..20 costs compared with K = 20 alone: one encode serves every step, the evaluators run for each.
+"""What scoring K = 1..20 costs compared with K = 20 alone, worked out from the clocks of an evaluation.
 
-    python benchmarks/evaluate_steps.py --data DATA/eval
+    gircse evaluate --suite dev --data DATA/eval --num-steps 0,1,3,5,10,20 -o runs/eval
+    python benchmarks/evaluate_steps.py runs/eval
 
-Prints a table and writes benchmarks/results/evaluate_steps.json. Costs are CPU seconds of the process, without loading
-mteb and the model. Both come from one run, because two runs on a busy machine differ by more than what is measured:
-encoding is the same run at K = 20 in either case, and of everything else K = 20 alone is given a twentieth. Reading the
-data is among that, so the ratio is slightly too high.
+One encode serves every step, and the evaluators run once for each: with E seconds of encoding at the largest K and s
+seconds of scoring one step, K = 1..20 costs E + 20 s and K = 20 alone E + s. Both come from one run, because two runs
+on a busy machine differ by more than what is measured. Writes benchmarks/results/evaluate_steps.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import platform
-import tempfile
-import time
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from gircse.evaluate.encoder import TextSource, load_source
-from gircse.evaluate.run import EvaluationSettings, evaluate_model
-from gircse.evaluate.suites import TaskRequest
+from gircse.evaluate.results import Result, read_results
 
-TASKS = {"STSBenchmark": 400, "TRECQA-Reranking": 20, "StackOverflowShortText": 400, "NewsClassification": 200}
-LARGEST = 20
+STEPS = 20
 
 
-def cpu_seconds(source: TextSource, task: TaskRequest, data: Path) -> tuple[float, float]:
-    """CPU seconds of scoring a task at all of the source's steps: encoding, and everything else."""
-    encode, encoding = source.embed, 0.0
-
-    def timed(texts: Sequence[str], prompt: str) -> Any:
-        nonlocal encoding
-        started = time.process_time()
-        result = encode(texts, prompt)
-        encoding += time.process_time() - started
-        return result
-
-    with tempfile.TemporaryDirectory(prefix="gircse-benchmark-") as output, mock.patch.object(source, "embed", timed):
-        started = time.process_time()
-        failed = evaluate_model(source, [task], Path(output), EvaluationSettings(data=data), lambda event: None)
-        total = time.process_time() - started
-    if failed:
-        raise RuntimeError(f"{task.name} failed")
-    return encoding, total - encoding
+def seconds(results: list[Result]) -> tuple[float, float]:
+    """Encoding at the largest K, and scoring of one step: the median of those that found the texts encoded."""
+    cost = max(results, key=lambda result: result.num_steps or 0).facts["cost"]
+    first = max(result.facts["seconds"] for result in results)  # which encoded
+    scoring = [result.facts["seconds"] for result in results if result.facts["seconds"] < first]
+    return cost["texts"] * cost["seconds_per_text"], statistics.median(scoring)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
-    parser.add_argument("--tasks", nargs="*", default=[f"{name}={limit}" for name, limit in TASKS.items()])
+    parser.add_argument("results", type=Path, help="folder of an evaluation at several K up to 20")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "evaluate_steps.json")
     args = parser.parse_args()
-    logging.getLogger("mteb").setLevel(logging.ERROR)
-    source = load_source(None, range(1, LARGEST + 1))
-    cpu_seconds(source, TaskRequest("MRPC", limit=2), args.data)  # imports, first allocations
-    rows: list[dict[str, Any]] = []
-    table = Table("task", "items", f"K = {LARGEST} alone, CPU s", f"K = 1..{LARGEST}, CPU s", "ratio")
-    for spec in args.tasks:
-        name, _, limit = spec.partition("=")
-        encoding, rest = cpu_seconds(source, TaskRequest(name, limit=int(limit)), args.data)
-        alone, together = encoding + rest / LARGEST, encoding + rest
-        rows.append({"task": name, "limit": int(limit), "alone": alone, "together": together})
-        table.add_row(name, limit, f"{alone:.1f}", f"{together:.1f}", f"{together / alone:.3f}")
-        Console(stderr=True).print(f"{name}: {together / alone:.3f}")
-    alone, together = sum(row["alone"] for row in rows), sum(row["together"] for row in rows)
-    table.add_row("all", "", f"{alone:.1f}", f"{together:.1f}", f"{together / alone:.3f}")
+    found: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in read_results(args.results).plain:
+        if result.num_steps is not None:
+            found[result.facts["kind"], result.task].append(result)
+    measured = {key: seconds(results) for key, results in sorted(found.items()) if len(results) > 2}
+    measured["all", ""] = (sum(e for e, _ in measured.values()), sum(s for _, s in measured.values()))
+    table = Table("kind", "task", "encoding, s", "scoring a step, s", f"K = 1..{STEPS} / K = {STEPS}")
+    rows = []
+    for (kind, task), (encoding, scoring) in measured.items():
+        ratio = (encoding + STEPS * scoring) / (encoding + scoring)
+        rows.append({"kind": kind, "task": task, "encoding": encoding, "scoring": scoring, "ratio": ratio})
+        table.add_row(kind, task, f"{encoding:.1f}", f"{scoring:.2f}", f"{ratio:.3f}")
     Console(width=110).print(table)
-    facts = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps({**facts, "rows": rows, "ratio": together / alone}, indent=1) + "\n")
+    args.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,13 @@ class GIRCSE(SentenceTransformer):
             options = dict(kwargs.pop("model_kwargs", None) or {})
             options |= {key: value for key, value in (("dtype", dtype), ("backbone", backbone)) if value is not None}
             kwargs["model_kwargs"] = options
-        super().__init__(model_name_or_path, **kwargs)
+        try:
+            super().__init__(model_name_or_path, **kwargs)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise GircseError(
+                f"{model_name_or_path} is no saved GIRCSE model: no such folder, nor to be had from the hub ({reason})"
+            ) from error
         if not isinstance(self[0], GenerativeEncoder):
             raise GircseError(f"{model_name_or_path} is not a GIRCSE model; load it with SentenceTransformer")
 

@@ -12,15 +12,17 @@ import pytest
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from gircse.evaluate.encoder import GenerativeSource, PlainSource
+from gircse.evaluate.encoder import GenerativeSource, PlainSource, folder_revision
 from gircse.evaluate.results import Result, Results, read_results
 from gircse.evaluate.run import EvaluationSettings, Event, evaluate_model
 from gircse.evaluate.suites import TaskRequest
 from gircse.evaluate.tasks import local_tasks
 from gircse.model import GIRCSE
 from tests.task_folders import write_all, write_rows
-from tests.tiny import tiny_backbone
+from tests.tiny import tiny_backbone, tiny_tokenizer
 
 STEPS = (0, 1, 2, 3)
 
@@ -219,6 +221,36 @@ def test_wordings_and_noise_change_the_score(model: GIRCSE, data: Path, tmp_path
     assert [event.stage for event in events].count("scored") == 5
     assert len({round(result.score, 4) for result in results.all}) == 5
     assert len(results.plain) == 1
+
+
+def test_a_perturbation_of_another_seed_is_another_result(model: GIRCSE, data: Path, tmp_path: Path) -> None:
+    def stages(seed: int) -> list[str]:
+        source = Counting(model, (1,))
+        events, _ = score(source, data, tmp_path, "STSBenchmark", perturbations=("typos",), seed=seed)
+        return [event.stage for event in events if event.stage in ("scored", "skipped")]
+
+    assert stages(1) == ["scored", "scored"]
+    assert stages(1) == ["skipped", "skipped"]
+    assert stages(2) == ["skipped", "scored"], "clean texts do not depend on it"
+
+
+def test_a_revision_is_what_is_loaded(model: GIRCSE, tmp_path: Path) -> None:
+    model.save_pretrained(str(tmp_path))
+    revision = folder_revision(tmp_path)
+    for name in ("checkpoints/state.bin", "eval/scores.json", "log.jsonl", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("anything")
+    assert folder_revision(tmp_path) == revision
+    (tmp_path / "gircse_config.json").write_text("{}")
+    assert folder_revision(tmp_path) != revision
+
+
+def test_static_embeddings_are_scored_too(data: Path, tmp_path: Path) -> None:
+    plain = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(), embedding_dim=8)], device="cpu")
+    source = PlainSource(plain, "test/static", "0")
+    events, _ = score(source, data, tmp_path, "STSBenchmark")
+    assert events[-1].stage == "scored"
+    assert source.embed(["ab", "abcd"], "")[2] == [2, 4]
 
 
 def test_samples_repeat_and_keep_what_is_relevant(model: GIRCSE, data: Path) -> None:

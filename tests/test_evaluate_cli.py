@@ -76,6 +76,19 @@ def test_from_folders_to_a_report(saved: list[str], tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     for text in ("What each step buys", "Following instructions", "wording", "Robustness", "spell", "first K=2 minus"):
         assert text in html, text
+    table = [line.strip("| ").split(" | ") for line in call("report", output, "--markdown")[1].strip().splitlines()]
+    assert [row[0] for row in table] == [
+        "task",
+        "---",
+        "MyFacets",
+        "STSBenchmark",
+        "mean of 2 tasks",
+        "mean of 2 kinds",
+    ]
+    facets, sts, mean = (float(row[1].split(" ")[0]) for row in table[2:5])
+    assert mean == pytest.approx((facets + sts) / 2, abs=0.11)
+    with pytest.raises(UsageError, match="choose one"):
+        call("report", output, "--markdown", "--json")
     shown = json.loads(call("report", output, "--json")[1])
     assert {row["perturbation"] for row in shown} == {None, "typos"}
     results = read_results(output)
@@ -114,6 +127,9 @@ def test_wrong_calls(tmp_path: Path) -> None:
     words.write_text("STS12: not a list\n")
     (tmp_path / "STS12").mkdir()
     with pytest.raises(InputDataError, match="map tasks to such lists"):
+        call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+    words.write_text("STS21: [Look at the numbers]\n")
+    with pytest.raises(UsageError, match="--instructions names STS21"):
         call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
 
 

@@ -70,6 +70,11 @@ def test_what_does_not_pair_is_not_compared() -> None:
     assert compare([resamples], [resamples]) is None
 
 
+def test_the_noise_of_two_clusterings_averages_out() -> None:
+    spread = [Items("resamples", RNG.normal(0.5, 0.02, size=10)).samples() for _ in range(4)]
+    assert np.mean(spread, axis=0).std() < 0.7 * np.mean([samples.std() for samples in spread])
+
+
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards quietly watch from the hill."
 
 

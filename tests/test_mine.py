@@ -69,9 +69,22 @@ def test_the_settings_change_what_is_found(model: GIRCSE, rows: Path, tmp_path: 
     assert sum(map(len, negatives("margin", negatives=2, margin=0.5))) < sum(map(len, plain))
     with pytest.raises(UsageError, match="--overwrite"):
         negatives("plain")
+    with pytest.raises(UsageError, match=r"written as .jsonl or"):
+        mine_file(rows, tmp_path / "out.parquet", model)
+    with pytest.raises(UsageError, match="cannot be made"):
+        mine_file(rows, rows / "out.jsonl", model)
     with pytest.raises(UsageError, match="must exceed"):
         negatives("deep", skip_top=9, search_depth=9)
     assert negatives("plain", negatives=2, overwrite=True) == plain
+
+
+def test_passages_are_those_of_the_task_whatever_the_instructions(model: GIRCSE, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    own = [{**row, "instruction": f"wording {i}"} for i, row in enumerate(ROWS)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in own))
+    output = tmp_path / "new" / "mined.jsonl"  # its folder is made
+    assert sum(mine_file(rows, output, model, margin=-10.0).values()) == len(ROWS)
+    assert [path.name for path in output.parent.iterdir()] == ["mined.jsonl"]
 
 
 def test_the_verb_takes_any_sentence_transformer(model: GIRCSE, rows: Path, tmp_path: Path) -> None:

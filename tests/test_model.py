@@ -186,6 +186,12 @@ def test_loading_never_guesses(backbone: Path, tmp_path: Path) -> None:
         GIRCSE(str(backbone))
 
 
+def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(GircseError, match=r"nowhere is no saved GIRCSE model: no such folder") as error:
+        GIRCSE(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
 def test_explain_adds_up(model: GIRCSE) -> None:
     steps = model.explain("the cat sat", instruction="find alike", num_steps=4, top=97)
     assert [step.step for step in steps] == [1, 2, 3, 4]

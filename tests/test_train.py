@@ -153,6 +153,7 @@ def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None
         ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
         ({"loss": {"teacher_weight": 0.9}}, "loss: teacher_weight and teacher_temperature need a teacher"),
         ({"model": {"num_steps": 1}, "training": {"random_steps": True}}, "training.random_steps draws K"),
+        ({"training": {"batch_size": 9}}, "rows/b: a batch holds one source, and 8 examples make none of 9"),
         ({"evaluation": {"tasks": ["a"], "evry": 1}}, "unknown key evaluation.evry; did you mean every?"),
         ({"data": None}, "data"),
     ],
@@ -171,6 +172,31 @@ def test_a_source_key_gets_the_nearest_name(folder: Path, backbone: Path) -> Non
     content["data"]["sources"][1]["negativs"] = 1
     with pytest.raises(GircseError, match=r"unknown key data.sources.1.negativs; did you mean negatives\?"):
         load_recipe(write(folder, content))
+
+
+def test_a_source_that_is_there_twice_is_refused(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    content["data"]["sources"].append(content["data"]["sources"][0])
+    with pytest.raises(GircseError, match="rows/a is there twice"):
+        load_recipe(write(folder, content))
+
+
+def test_replaced_values_are_told_by_key(folder: Path, backbone: Path) -> None:
+    path = write(folder, values(folder, backbone))
+    with pytest.raises(GircseError, match="query_instruction=a: b: c is no YAML value"):
+        load_recipe(path, {"query_instruction": "a: b: c"})
+    assert load_recipe(path, {"data.folder": Path("20261122")}).data.folder == Path("20261122")
+
+
+def test_a_tracker_that_is_not_installed_is_told_at_once(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = values(folder, backbone)
+    content["training"]["trackers"] = ["wandb"]
+    monkeypatch.setattr("gircse.train.recipe.find_spec", lambda name: None)
+    for run in (plan_training, lambda recipe: train(recipe, folder / "out")):
+        with pytest.raises(GircseError, match="wandb is not installed; pip install wandb"):
+            run(load_recipe(write(folder, content)))
 
 
 def test_no_negatives_at_all_is_refused(folder: Path, backbone: Path) -> None:
@@ -224,9 +250,12 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
         load_training_data(load_recipe(write(folder, content)))
 
 
-def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path) -> None:
+def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = import_module("gircse.cli.train").train
     verb(write(folder, values(folder, backbone)), folder / "out", num_steps=3, json_output=True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_steps"] == 3, "nothing but the result on standard output"
+    assert "step_loss_3" in shown.err
     logged = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert {"step_loss_1", "step_loss_2", "step_loss_3"} <= set(logged[0]), "--num-steps replaces the recipe's 2"
@@ -250,6 +279,7 @@ def test_a_resumed_run_has_the_same_losses(folder: Path, backbone: Path) -> None
         train(recipe, folder / "broken", report=stop_after_four)
     with pytest.raises(UsageError, match="--resume"):
         train(recipe, folder / "broken")
+    (folder / "broken" / "checkpoints" / "checkpoint-6").mkdir()  # what a kill in mid-save leaves
     rest: list[dict[str, float]] = []
     resumed = train(recipe, folder / "broken", resume=True, report=rest.append)
 

@@ -84,6 +84,8 @@ def _gircse(
 def main() -> None:
     """Run the command line: an error becomes one line on stderr and an exit code; ``--debug`` shows the traceback."""
     debug = "--debug" in sys.argv or os.environ.get("GIRCSE_DEBUG") == "1"
+    if os.environ.get("GIRCSE_OFFLINE") == "1":  # said to the libraries too, which read it when they are imported
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

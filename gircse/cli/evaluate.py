@@ -135,6 +135,8 @@ def evaluate(
         paraphrases=_read_instructions(instructions) if instructions else {},
         overwrite=overwrite,
     )
+    if unasked := set(settings.paraphrases) - {"*", *(request.name for request in requests)}:
+        raise UsageError(f"--instructions names {', '.join(sorted(unasked))}, which is none of the tasks to score")
     failed = 0
     scored: list[Event] = []
     for name in (model, *dict.fromkeys(against or ())):

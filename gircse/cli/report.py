@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gircse.cli.common import DebugOption, JsonOption, stderr
+from gircse.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +26,9 @@ def report(
             "--output", "-o", metavar="FILE", help="One self-contained HTML file; the plots as PNG and SVG beside it."
         ),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown, for a model card.")
+    ] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -34,8 +38,11 @@ def report(
 
       gircse report results
       gircse report results -o report.html       report.html and report_plots/*.png, *.svg
+      gircse report results --markdown
       gircse report results --json
     """
+    if markdown and json_output:
+        raise UsageError("choose one of --markdown and --json")
     from gircse.evaluate.results import read_results
 
     found = read_results(results)
@@ -47,6 +54,8 @@ def report(
         stderr.print(f"{output}, plots in {plots}", highlight=False, soft_wrap=True)
     if json_output:
         print(json.dumps(_as_json(found), ensure_ascii=False))
+    elif markdown:
+        print(markdown_table(found))
     else:
         from rich.console import Console
 
@@ -74,6 +83,23 @@ def terminal_table(results: Results) -> Table:
         means = [_cell(*results.mean(column, common)) for column in columns]
         table.add_row(f"[bold]mean of {len(common)} tasks above[/]", *means)
     return table
+
+
+def markdown_table(results: Results) -> str:
+    """The terminal's table as Markdown, with the mean over kinds of tasks beside the mean over tasks."""
+    columns = results.columns
+    rows = [["task", *columns], ["---"] * (len(columns) + 1)]
+    for _, task in results.tasks:
+        cells = [results.by_cell.get((task, column)) for column in columns]
+        rows.append([task, *(_cell(cell.score, cell.interval) if cell else "" for cell in cells)])
+    common = [(kind, task) for kind, task in results.tasks if task in results.common_tasks(columns)]
+    if len(common) > 1:
+        names = [task for _, task in common]
+        kinds = {kind: [task for other, task in common if other == kind] for kind, _ in common}
+        rows.append([f"mean of {len(names)} tasks", *(_cell(*results.mean(column, names)) for column in columns)])
+        of_kinds = [[results.mean(column, tasks)[0] for tasks in kinds.values()] for column in columns]
+        rows.append([f"mean of {len(kinds)} kinds", *(_cell(sum(means) / len(means), None) for means in of_kinds)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(score: float, interval: tuple[float, float] | None) -> str:

@@ -42,7 +42,7 @@ def serve(
         int | None,
         _option(
             "--batch-tokens",
-            "Padded tokens (prompt and K) of a batch; 2,048 on a CPU, 16,384 elsewhere. "
+            "Padded tokens (prompt and K) of a batch; 4,096 on a CPU, 16,384 elsewhere. "
             "Smaller answers short queries sooner, larger has more throughput.",
             _MODEL,
             min=1,

@@ -63,9 +63,9 @@ def train(
             raise UsageError(f"--set takes KEY=VALUE, e.g. training.learning_rate=1e-4, not {change!r}")
         overrides[key] = value
     if data is not None:
-        overrides["data.folder"] = str(data)
+        overrides["data.folder"] = data
     if eval_data is not None:
-        overrides["evaluation.folder"] = str(eval_data)
+        overrides["evaluation.folder"] = eval_data
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
 

@@ -5,6 +5,7 @@ Knows models, prompts and mteb's encoder protocol; knows nothing of tasks' files
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,8 +123,15 @@ class PlainSource:
         started = time.perf_counter()
         vectors = encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
         seconds = time.perf_counter() - started
-        tokens = [int(mask.sum()) for mask in self.model.preprocess(list(texts))["attention_mask"]]
-        return np.asarray(vectors, dtype=np.float32)[:, None], np.array([seconds]), tokens
+        return np.asarray(vectors, dtype=np.float32)[:, None], np.array([seconds]), self._token_counts(list(texts))
+
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        features = self.model.preprocess(texts)
+        if "attention_mask" in features:
+            return [int(mask.sum()) for mask in features["attention_mask"]]
+        if "offsets" in features:  # static embeddings: all tokens in a row
+            return np.diff([*features["offsets"].tolist(), len(features["input_ids"])]).tolist()
+        return [self.model.preprocess([text])["input_ids"].numel() for text in texts]
 
 
 def _dtype(model: torch.nn.Module) -> str:
@@ -298,13 +306,13 @@ def load_source(
 def _is_generative(name: str) -> bool:
     if Path(name).is_dir():
         return (Path(name) / "gircse_config.json").is_file()
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import file_exists, try_to_load_from_cache
 
     try:
-        return bool(file_exists(name, "gircse_config.json"))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-        return False  # loading it as a SentenceTransformer says what is wrong
+        cached = try_to_load_from_cache(name, "gircse_config.json")
+        return isinstance(cached, str) or bool(file_exists(name, "gircse_config.json"))
+    except Exception:  # offline, unreachable, no such name: loading it as a SentenceTransformer says what is wrong
+        return False
 
 
 def _identity(name: str | None, model: SentenceTransformer) -> tuple[str, str]:
@@ -319,9 +327,16 @@ def _identity(name: str | None, model: SentenceTransformer) -> tuple[str, str]:
 
 
 def folder_revision(folder: Path) -> str:
-    """SHA-256 of a model folder's files, 16 digits; texts about the model (.md) do not count."""
+    """SHA-256 of what is loaded from a model folder, 16 digits.
+
+    That is its files and its modules' folders. Texts about the model (.md), the log of its training and other folders
+    (checkpoints, results) do not count.
+    """
+    modules = folder / "modules.json"
+    parts = [entry["path"] for entry in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
+    files = {path for part in parts if part for path in (folder / part).rglob("*")} | set(folder.iterdir())
     digest = sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
+    for path in sorted(p for p in files if p.is_file() and p.suffix != ".md" and p.name != "log.jsonl"):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

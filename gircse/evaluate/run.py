@@ -191,7 +191,9 @@ def _run_task(
     if variant.instruction is not None:
         instructions = dict.fromkeys(instructions, variant.instruction)
     prompts = {subset: source.prompt(instruction, None) for subset, instruction in instructions.items()}
-    fingerprint = {"prompts": prompts, "data": planned.checksum or planned.task.metadata.revision}
+    fingerprint: dict[str, Any] = {"prompts": prompts, "data": planned.checksum or planned.task.metadata.revision}
+    if variant.perturbation is not None:
+        fingerprint["seed"] = settings.seed
     done: dict[int | None, float] = {}
     if not settings.overwrite:
         found = {step: _finished(cache, planned, meta, fingerprint) for step, meta in metas.items()}

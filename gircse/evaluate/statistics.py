@@ -6,6 +6,7 @@ two models on the same items get the same draws, which is what makes the test pa
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ class Items:
         """The statistic of bootstrap samples, (draws,). Equal lengths and seeds give the same draws of items."""
         if self.statistic == "resamples":
             spread = self.values.std(ddof=1) if len(self.values) > 1 else 0.0
-            return np.random.default_rng(seed).normal(self.values.mean(), spread, draws)
+            own = zlib.crc32(np.ascontiguousarray(self.values).tobytes())  # else the noise of two tasks would add up
+            return np.random.default_rng([seed, own]).normal(self.values.mean(), spread, draws)
         return np.concatenate([self._weighted(counts) for counts in _draws(len(self.values), draws, seed)])
 
     def _weighted(self, counts: np.ndarray) -> np.ndarray:

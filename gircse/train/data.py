@@ -158,7 +158,7 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
     name = str(source.hub)
     try:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
-        rows = _checked_rows((_renamed(row, name) for row in stream), name)
+        rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
         usable = (row for row in rows if source.task in (None, row["task"]) and _usable(row, source))
         return list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
@@ -166,10 +166,10 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
         raise GircseError(f"the data set {name} cannot be loaded ({reason}); is the hub reachable?") from error
 
 
-def _renamed(row: dict[str, Any], name: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], name: str, instruction: str | None) -> dict[str, Any]:
     return {
         **row,
-        "instruction": row.get("instruction") or row.get("prompt"),
+        "instruction": instruction or row.get("instruction") or row.get("prompt"),
         "task": row.get("task") or row.get("type") or name,
     }
 

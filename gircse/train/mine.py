@@ -6,18 +6,26 @@ Knows rows and sentence-transformers' miner; knows nothing of training.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import zstandard
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
-from gircse.errors import GircseError, UsageError
+from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.train.data import read_rows
+
+try:
+    import zstandard
+    from datasets import Dataset
+except ImportError as error:
+    raise MissingExtraError("mining", "train") from error
+
+_SUFFIXES = (".jsonl", ".jsonl.zst")
 
 
 def mine_file(
@@ -52,24 +60,33 @@ def mine_file(
         By task, the rows that got at least one negative.
 
     Raises:
-        UsageError: The output exists, or the depth leaves nothing to choose from.
+        UsageError: The output exists, is no such file or cannot be made, or the depth leaves nothing to choose from.
         InputDataError: A bad row.
     """
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists; choose another file or add --overwrite")
+    if not output.name.endswith(_SUFFIXES):
+        raise UsageError(f"{output}: rows are written as {' or '.join(_SUFFIXES)}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of mining
+    except OSError as error:
+        raise UsageError(f"{output.parent} cannot be made ({error.strerror})") from error
     if search_depth <= skip_top:
         raise UsageError(f"search depth {search_depth} must exceed the {skip_top} candidates that are skipped")
     rows = list(read_rows(source))
     if not rows:
         raise GircseError(f"{source} holds no rows")
     by_task: dict[tuple[str, str], list[int]] = {}
+    passages: dict[str, dict[str, None]] = {}
     for index, row in enumerate(rows):
         by_task.setdefault((row["task"], row["instruction"]), []).append(index)
+        passages.setdefault(row["task"], {}).update(dict.fromkeys((*row["pos"], *row["neg"])))
     found: dict[str, int] = {}
     for (task, instruction), indices in by_task.items():
         prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction) if hasattr(model, "format_instruction") else None
         mined = _mine_task(
             [rows[index] for index in indices],
+            list(passages[task]),
             model,
             query_prompt=prompt,
             corpus_prompt=prompt if task in symmetric_tasks else None,
@@ -82,15 +99,24 @@ def mine_file(
             known = {*rows[index]["pos"], *texts}
             rows[index]["neg"] = texts + [text for text in rows[index]["neg"] if text not in known]
         found[task] = found.get(task, 0) + sum(bool(texts) for texts in mined)
-    opener = zstandard.open if output.suffix == ".zst" else open
-    with opener(output, "wt", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    _write(rows, output)
     return found
+
+
+def _write(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """All rows or none: the output may be the file that they were read from."""
+    opener = zstandard.open if output.suffix == ".zst" else open
+    with tempfile.TemporaryDirectory(prefix=".mined-", dir=output.parent) as folder:
+        whole = Path(folder) / output.name
+        with opener(whole, "wt", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(whole, output)
 
 
 def _mine_task(
     rows: list[dict[str, Any]],
+    corpus: list[str],
     model: SentenceTransformer,
     *,
     query_prompt: str | None,
@@ -101,7 +127,6 @@ def _mine_task(
     margin: float,
 ) -> list[list[str]]:
     """The negatives of every row, nearest first; none where no candidate is far enough below the positive."""
-    corpus = list(dict.fromkeys(text for row in rows for text in (*row["pos"], *row["neg"])))
     pairs = Dataset.from_list([{"query": row["query"], "answer": text} for row in rows for text in row["pos"]])
     depth = min(search_depth, max(len(corpus) - 1, 0))
     if depth <= skip_top:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
 from gircse.train.data import load_training_data
-from gircse.train.recipe import Recipe
+from gircse.train.recipe import Recipe, check_trackers
 
 SAMPLE = 500
 """Rows tokenised of every source: enough for a histogram."""
@@ -66,6 +66,7 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
         MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
         GircseError: As `gircse.train.run.train` for data, evaluation tasks and backbone.
     """
+    check_trackers(recipe)
     evaluation = None
     if recipe.evaluation is not None:
         from gircse.train.evaluation import describe_evaluation

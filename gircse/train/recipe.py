@@ -6,6 +6,7 @@ Knows which keys exist and what they may hold; knows nothing of tensors or train
 from __future__ import annotations
 
 import difflib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -172,6 +173,13 @@ class DataSection(_Section):
             raise ValueError("data.examples is shared out among sources without examples, and there is none")
         return self
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataSection:
+        names = [source.name for source in self.sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"sources: {twice[0]} is there twice; a task's rows, or one of its facets, are one source")
+        return self
+
 
 class TrainingSection(_Section):
     """The optimiser's settings."""
@@ -229,6 +237,19 @@ class Recipe(_Section):
     evaluation: EvaluationSection | None = Field(default=None, description="null: none")
 
     @model_validator(mode="after")
+    def _whole_batches(self) -> Recipe:
+        batch = self.training.batch_size
+        for source in self.data.sources:
+            if source.examples is not None and source.examples < batch:
+                raise ValueError(
+                    f"{source.name}: a batch holds one source, and {source.examples} examples make none of {batch}; "
+                    "raise examples or lower training.batch_size"
+                )
+        if self.data.examples is not None and self.data.examples < batch:
+            raise ValueError(f"data.examples: {self.data.examples} make no batch of {batch}")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_draw(self) -> Recipe:
         if self.training.random_steps and self.model.num_steps < 2:
             raise ValueError("training.random_steps draws K from 1 to model.num_steps, which must then be 2 or more")
@@ -266,11 +287,31 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise GircseError(f"{path}: {parent} in {key} is a value, not a section")
-        section[last] = yaml.safe_load(value) if isinstance(value, str) else value
+        section[last] = _value(key, value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise GircseError(f"{path}: {_first_problem(error)}") from error
+
+
+def _value(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise GircseError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """See whether what a recipe logs to is installed; the trainer would find out when everything is loaded.
+
+    Raises:
+        GircseError: It is not.
+    """
+    for name in recipe.training.trackers:
+        if find_spec(name) is None:
+            raise GircseError(f"training.trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -6,13 +6,15 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import ProgressCallback
+from transformers.trainer_utils import sort_checkpoints
 
 from gircse._version import __version__
 from gircse.backbones import resolve_backbone
@@ -23,7 +25,7 @@ from gircse.other_models import load_other_model
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, StepLosses, random_state_kept
 from gircse.train.data import Teacher, load_training_data, source_path
 from gircse.train.fused_lora import fused_lora
-from gircse.train.recipe import Recipe
+from gircse.train.recipe import Recipe, check_trackers
 
 try:
     import accelerate  # noqa: F401  # the trainer imports it only when it starts
@@ -53,9 +55,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         GircseError: Data or backbone are not to be had, or the run diverged.
     """
     checkpoints = output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = _last_checkpoint(checkpoints)
     if not resume and output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} holds an earlier run; continue it with --resume or choose another folder")
+    check_trackers(recipe)
     torch.manual_seed(recipe.seed)  # LoRA's initial weights
     # At τ = 0.02 the softmax of easy negatives, and so their gradients, underflow to denormal numbers, which CPUs
     # compute slowly and which contribute nothing.
@@ -75,6 +78,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         evaluator=evaluator,
         callbacks=[StepLosses(losses, report), SaveEvaluated()],
     )
+    trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
+    trainer.add_callback(_Progress())
     if recipe.training.random_steps:
         trainer.add_callback(RandomSteps(model, recipe.seed))
     with fused_lora(model):
@@ -86,6 +91,21 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     if trainer.is_world_process_zero():
         model.save_pretrained(str(output))
     return model
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """The last whole one: the trainer writes its state last, and a kill may have come before."""
+    found = sort_checkpoints(str(checkpoints)) if checkpoints.is_dir() else []
+    return next((path for path in reversed(found) if (Path(path) / "trainer_state.json").is_file()), None)
+
+
+class _Progress(ProgressCallback):
+    """The trainer's progress bar, with the losses on standard error too."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {key: round(value, 4) for key, value in (logs or {}).items() if isinstance(value, float)}
+            self.training_bar.write(str(shown), file=sys.stderr)
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -143,10 +163,7 @@ def make_model(recipe: Recipe) -> GIRCSE:
 
 def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     """The model to start from, its adapter or weights trainable again, with the recipe's K, pooling and prompts."""
-    try:
-        model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
-    except OSError as error:
-        raise GircseError(f"{place} is no saved GIRCSE model; train it first, or name another in start_from") from error
+    model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
     encoder, backbone = model.encoder, model.encoder.backbone
     if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
         raise GircseError(
