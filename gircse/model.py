@@ -7,10 +7,10 @@ where weights are fetched from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -77,6 +77,10 @@ class GIRCSE(SentenceTransformer):
     """
 
     default_huggingface_organization = None
+    # The package's own module is no remote code: it needs no trust_remote_code, and any other does.
+    _module_classes: ClassVar[Mapping[str, type[torch.nn.Module]]] = {
+        "gircse.encoder.GenerativeEncoder": GenerativeEncoder
+    }
 
     def __init__(
         self,
@@ -88,7 +92,6 @@ class GIRCSE(SentenceTransformer):
     ) -> None:
         if kwargs.get("modules") is None:
             model_name_or_path = str(model_name_or_path or pretrained_path())
-            kwargs["trust_remote_code"] = True  # the module's class is this package's own
             options = dict(kwargs.pop("model_kwargs", None) or {})
             options |= {key: value for key, value in (("dtype", dtype), ("backbone", backbone)) if value is not None}
             kwargs["model_kwargs"] = options
@@ -98,6 +101,12 @@ class GIRCSE(SentenceTransformer):
             reason = " ".join(str(error).split())[:200]
             raise GircseError(
                 f"{model_name_or_path} is no saved GIRCSE model: no such folder, nor to be had from the hub ({reason})"
+            ) from error
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise GircseError(
+                f"{model_name_or_path} brings code of its own to run; pass trust_remote_code=True if you trust it"
             ) from error
         if not isinstance(self[0], GenerativeEncoder):
             raise GircseError(f"{model_name_or_path} is not a GIRCSE model; load it with SentenceTransformer")
@@ -399,6 +408,7 @@ class GIRCSE(SentenceTransformer):
         prompt: str | None = None,
         num_steps: int | None = None,
         top: int = 5,
+        max_length: int | None = None,
     ) -> list[SoftTokenContent]:
         """Which vocabulary tokens each soft token is made of.
 
@@ -408,6 +418,7 @@ class GIRCSE(SentenceTransformer):
             prompt: Instead of an instruction.
             num_steps: K >= 1; the checkpoint's where not given.
             top: Tokens listed a step.
+            max_length: Longest prompt in tokens; the checkpoint's where not given.
 
         Returns:
             One entry a step.
@@ -421,7 +432,7 @@ class GIRCSE(SentenceTransformer):
         encoder, decoder = self.encoder, self.encoder.decoder
         encoder.refinement.check_steps(steps)
         encoder.settle_adapter()
-        features = encoder.pad(self.tokenize_texts([text], prompt).ids)
+        features = encoder.pad(self.tokenize_texts([text], prompt, max_length).ids)
         features = {name: value.to(self.device) for name, value in features.items()}
         temperature = encoder.refinement.temperature
         ids, mask = features["input_ids"], features["attention_mask"]

@@ -192,6 +192,14 @@ def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_loading_runs_no_code_of_the_folder(backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Module: pass\n")
+    (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "modeling.Module"}]')
+    with pytest.raises(GircseError, match="brings code of its own"):
+        GIRCSE(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_explain_adds_up(model: GIRCSE) -> None:
     steps = model.explain("the cat sat", instruction="find alike", num_steps=4, top=97)
     assert [step.step for step in steps] == [1, 2, 3, 4]

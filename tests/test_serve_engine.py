@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -162,6 +163,30 @@ def test_an_error_that_passes_loses_nothing(engines: Any) -> None:
     engine.start()
     for n, future in enumerate(futures):
         expect([[n, n]], 1, future)
+
+
+def test_a_failed_batch_is_freed_before_its_halves_run(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        """Stands for the activations of a batch."""
+
+    held: list[weakref.ref[Held]] = []
+    alive: list[int] = []
+
+    class Full(HashBackend):
+        def embed(self, ids: Any, num_steps: Any) -> np.ndarray:
+            alive.append(sum(activations() is not None for activations in held))
+            own = Held()
+            held.append(weakref.ref(own))
+            if len(ids) > 1:
+                raise RuntimeError("out of memory")
+            return super().embed(ids, num_steps)
+
+    monkeypatch.setattr("gircse.serve.engine.logger.disabled", True)  # pytest keeps what is logged, tracebacks too
+    engine = engines(Full(), start=False)
+    future = engine.submit([[n] for n in range(4)], 1)
+    engine.start()
+    expect([[n] for n in range(4)], 1, future)
+    assert alive == [0] * 7
 
 
 def test_vectors_that_are_not_finite_are_an_error(engines: Any) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from gircse.errors import UsageError
 from gircse.model import GIRCSE
+from gircse.serve.app import create_app
 from gircse.serve.engine import Engine
 from gircse.serve.logs import LineFormatter
 from gircse.serve.service import Service
@@ -151,6 +152,46 @@ def test_api_key(model: GIRCSE) -> None:
         assert CLIENT.get(url + "/metrics", headers=good).status_code == 200
         for path in ("/", "/health/live", "/health/ready", "/docs", "/openapi.json"):
             assert CLIENT.get(url + path).status_code == 200, path
+
+
+def test_the_key_is_asked_for_wherever_the_application_is_mounted(model: GIRCSE) -> None:
+    app = create_app(hash_service(model, HashBackend(), api_key=KEY + "\n"))  # as a secret from a file has it
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(app=app, root_path="/emb")
+        good = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            asked = [
+                client.post("/emb/v1/embeddings", json={"input": "a"}),
+                client.get("/emb/metrics"),
+                client.post("/emb/docs", content=b"x"),
+                client.get("/emb/metrics", headers=good),
+                client.get("/emb/health/live", headers=good),
+            ]
+            return [(await answer).status_code for answer in asked]
+
+    assert asyncio.run(ask())[:4] == [401, 401, 401, 200]
+
+
+def test_an_encoder_only_model_takes_no_steps(backbone: Path) -> None:
+    plain = GIRCSE.from_backbone(
+        str(backbone), num_steps=0, pooling="prompt_mean", max_seq_length=48, prompts={}, device="cpu"
+    )
+    with running(Service(plain, tiny_settings(), NAME)) as url:
+        assert "prompt_mean" in error(post(url, {"input": "a", "num_steps": 1}), 400)["message"]
+        assert post(url, {"input": "a"}).status_code == 200
+        assert CLIENT.get(url + "/v1/models").json()["data"][0]["max_num_steps"] == 0
+
+
+def test_explain_reads_as_much_as_the_server_takes(backbone: Path) -> None:
+    model, text = tiny_model(backbone), "abcdefg " * 7
+    with running(Service(model, tiny_settings(max_tokens=58, max_num_steps=4), NAME)) as url:
+        steps = post(url, {"input": text, "num_steps": 2, "top": 2}, "/v1/explain").json()["steps"]
+    found = [step["weights"] for step in steps]
+    whole = [step.weights for step in model.explain(text, num_steps=2, top=2, max_length=58)]
+    cut = [step.weights for step in model.explain(text, num_steps=2, top=2)]
+    np.testing.assert_allclose(found, whole, rtol=1e-3)
+    assert not np.allclose(found, cut, rtol=1e-3)
 
 
 def test_cors_is_off_unless_asked_for(model: GIRCSE, server: str) -> None:

@@ -152,7 +152,10 @@ def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None
         ({"loss": {"step_weights": "linear", "stepwise": False}}, "loss: step_weights weighs the losses of all steps"),
         ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
         ({"loss": {"teacher_weight": 0.9}}, "loss: teacher_weight and teacher_temperature need a teacher"),
-        ({"model": {"num_steps": 1}, "training": {"random_steps": True}}, "training.random_steps draws K"),
+        (
+            {"model": {"num_steps": 1}, "training": {"random_steps": True, "batch_size": 4}},
+            "training.random_steps draws K",
+        ),
         ({"training": {"batch_size": 9}}, "rows/b: a batch holds one source, and 8 examples make none of 9"),
         ({"evaluation": {"tasks": ["a"], "evry": 1}}, "unknown key evaluation.evry; did you mean every?"),
         ({"data": None}, "data"),

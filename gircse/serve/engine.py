@@ -246,27 +246,27 @@ class Engine:
         started = time.monotonic()
         ids = [job.payload.ids[row] for job, row in rows]
         steps = [job.num_steps for job, _ in rows]
-        error: Exception | None = None
+        failed: ModelFailedError | None = None  # not the error itself: its frames would keep the batch in memory
         vectors = np.empty((0, 0), dtype=np.float32)
         try:
             vectors = self.backend.embed(ids, steps)
-        except Exception as raised:
-            error = raised
+        except Exception as error:
+            failed = _model_failed(error)
             logger.exception("a batch of %d texts failed", len(rows))
         seconds = time.monotonic() - started
         padded = max(map(len, ids)) * len(rows) + sum(steps)
         waits = [started - job.payload.submitted for job, _ in rows]
         self._on_batch(
-            BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, error is not None)
+            BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, failed is not None)
         )
-        if error is None:
+        if failed is None:
             self._failures = 0
             rate = len(rows) / max(seconds, 1e-6)
             self._texts_per_second = 0.8 * self._texts_per_second + 0.2 * rate if self._texts_per_second else rate
             self._deliver(rows, vectors)
         elif len(rows) == 1:
             self._failures += 1
-            _finish(rows[0][0].payload.future, _model_failed(error))
+            _finish(rows[0][0].payload.future, failed)
         else:
             middle = len(rows) // 2
             for half in (rows[:middle], rows[middle:]):

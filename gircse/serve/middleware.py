@@ -30,6 +30,11 @@ _ENDPOINTS = (
     "/v1/embeddings", "/v1/rerank", "/v1/explain", "/v1/models", "/health", "/health/live", "/health/ready", "/metrics",
     "/", "/docs", "/openapi.json",
 )  # fmt: skip
+_PUBLIC = frozenset(
+    {"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health", "/health/live", "/health/ready"}
+)
+"""What may be read without the key; what the API's page loads is public too."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _DRAIN = 4  # times the limit on bodies: a client that is told "too large" has usually to finish sending first
 
@@ -105,9 +110,10 @@ class Gate:
             self._record(scope, facts, status or CLIENT_GONE, time.monotonic() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, work: bool) -> None:
-        path = scope["path"]
+        path = _route(scope)
+        public = not work and (path in _PUBLIC or path.startswith("/static-offline-docs/"))
         refusal = None
-        if (path.startswith("/v1/") or path == "/metrics") and not self._has_key(headers):
+        if not public and not self._has_key(headers):  # before anything of the body is read
             refusal = error_response(
                 401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -140,7 +146,7 @@ class Gate:
         if self.settings.api_key is None:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(key.strip().encode(), self.settings.api_key.encode())
+        same = hmac.compare_digest(key.strip().encode(), self.settings.api_key.strip().encode())
         return same and scheme.lower() == "bearer"
 
     async def _read_body(self, receive: Receive, headers: Headers) -> Any:
@@ -175,7 +181,7 @@ class Gate:
             return error_response(408, message, code="timeout")
 
     def _record(self, scope: Scope, facts: RequestFacts, status: int, seconds: float) -> None:
-        path = scope["path"]
+        path = _route(scope)
         endpoint = path if path in _ENDPOINTS else "/v1/models" if path.startswith("/v1/models/") else "other"
         self.metrics.observe_answer(endpoint, status, seconds)
         if kind := facts.logged.get("error"):
@@ -193,6 +199,12 @@ class Gate:
             **facts.logged,
         }
         logger.log(level, "request", extra={"facts": line})
+
+
+def _route(scope: Scope) -> str:
+    """The path below where the application is mounted."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) or "/" if path == root or path.startswith(f"{root}/") else path
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

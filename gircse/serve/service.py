@@ -223,7 +223,9 @@ class Service:
 
             def work() -> list[SoftTokenContent]:
                 with self._tokenizer:
-                    return self.model.explain(text, prompt=prompt, num_steps=steps, top=top)
+                    return self.model.explain(
+                        text, prompt=prompt, num_steps=steps, top=top, max_length=self.limits.max_tokens
+                    )
 
             return await asyncio.wrap_future(self.engine.call(work, len(ids[0]) + steps))
 
@@ -249,6 +251,10 @@ class Service:
             raise InvalidRequestError(
                 f"num_steps must be between 0 and {self.settings.max_num_steps}, not {num_steps}", param="num_steps"
             )
+        try:
+            self.model.encoder.refinement.check_steps(num_steps)
+        except UsageError as error:
+            raise InvalidRequestError(str(error), param="num_steps") from error
         return num_steps
 
     def _check_items(self, count: int, param: str) -> None:

@@ -110,6 +110,7 @@ def fit_to_model(settings: ServeSettings, model: GIRCSE, default_name: str) -> M
     num_steps = model.num_steps if settings.num_steps is None else settings.num_steps
     if num_steps > settings.max_num_steps:
         raise UsageError(f"K = {num_steps} is above --max-num-steps ({settings.max_num_steps}); raise the latter")
+    model.encoder.refinement.check_steps(num_steps)
     positions = model.encoder.decoder.max_positions
     if max_tokens + settings.max_num_steps > positions:
         raise UsageError(
