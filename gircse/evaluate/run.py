@@ -29,6 +29,7 @@ import numpy as np
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
+from threadpoolctl import threadpool_limits
 
 from gircse._version import __version__
 from gircse.errors import GircseError
@@ -240,15 +241,16 @@ def _score(
         read_labels_once(task)
     started = time.perf_counter()
     try:
-        found = mteb.evaluate(
-            cast(Any, encoder),
-            task,
-            cache=None,  # saved below, once: mteb would save twice and look its packages up each time
-            encode_kwargs=cast(Any, {"batch_size": 32, "show_progress_bar": False, **encode_kwargs}),
-            prediction_folder=None if retrieval else folder,
-            show_progress_bar=False,
-            co2_tracker=False,
-        )
+        with threadpool_limits(1, user_api="blas"):  # of SciPy, for small problems: threads that wait cost more
+            found = mteb.evaluate(
+                cast(Any, encoder),
+                task,
+                cache=None,  # saved below, once: mteb would save twice and look its packages up each time
+                encode_kwargs=cast(Any, {"batch_size": 32, "show_progress_bar": False, **encode_kwargs}),
+                prediction_folder=None if retrieval else folder,
+                show_progress_bar=False,
+                co2_tracker=False,
+            )
         path = folder / task.prediction_file_name
         predictions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     finally:
