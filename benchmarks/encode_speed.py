@@ -171,6 +171,8 @@ def main() -> None:
         peak_of_one(arguments)
         return
     rate = matrix_rate()
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
     table = Table("mix", "what", "seconds", "texts/s", "tokens/s", "to encoder", "of the floor", "peak MiB")
     entries: list[dict[str, Any]] = []
     for mix in arguments.mixes:
@@ -183,8 +185,10 @@ def main() -> None:
             for name, run in variants.items():
                 started = time.perf_counter()
                 run()
+                took = time.perf_counter() - started
+                print(f"{mix}, round {round_}, {name}: {took:.1f} s", file=sys.stderr, flush=True)
                 if round_:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(took)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, value in medians.items():
             num_steps = int(name.split("=")[1]) if "=" in name else 0
@@ -203,11 +207,9 @@ def main() -> None:
                 mix, name, f"{value:.2f}", f"{len(texts) / value:.1f}", f"{tokens / value:,.0f}",
                 f"{entry['to_encoder']:.2f}", f"{entry['share_of_floor']:.0%}", "" if peak is None else f"{peak:,.0f}",
             )  # fmt: skip
+        arguments.output.parent.mkdir(exist_ok=True)  # after every mix: a run takes long
+        arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")
     Console(width=120).print(table)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

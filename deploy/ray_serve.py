@@ -3,9 +3,11 @@
     pip install 'gircse[serve,ray]'
     GIRCSE_API_KEY=... serve run deploy.ray_serve:app model=/shared/model max_replicas=4 num_gpus=1
     serve run deploy.ray_serve:app max_num_steps=20 long_texts=cut        # any field of gircse.serve.settings too
+    serve run deploy.ray_serve:app served_names=mine,text-embedding-3-small   # commas between several
 
 Every replica holds a model and answers as `gircse serve` does. Its limits (`max_requests`, `max_queue_texts`) and the
-counters of `/metrics` are of one replica. Host and port are Ray Serve's own (http://127.0.0.1:8000).
+counters of `/metrics` are of one replica. Its log goes to where Ray keeps the standard error of its workers. Host and
+port are Ray Serve's own (http://127.0.0.1:8000).
 """
 
 from __future__ import annotations
@@ -59,8 +61,10 @@ class Replica:
         import torch
 
         from gircse.model import GIRCSE
+        from gircse.serve.logs import configure_logging
         from gircse.serve.service import Service
 
+        configure_logging(as_json=settings.log_json)
         model = GIRCSE(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
         name = os.path.basename((arguments.model or "gircse-smollm2-135m").rstrip("/"))
         self.service = Service(model, settings, name)
@@ -110,6 +114,9 @@ def app(args: dict[str, Any]) -> Application:
         raise UsageError(f"no argument {unknown[0]!r}; there are {', '.join(sorted(own | limits))}")
     arguments = Arguments(**{name: value for name, value in args.items() if name in own})
     chosen = {"api_key": os.environ.get("GIRCSE_API_KEY"), **{n: value for n, value in args.items() if n in limits}}
+    for name in ("served_names", "cors_origins"):  # `serve run` gives strings, which pydantic takes for no tuple
+        if isinstance(given := chosen.get(name), str):
+            chosen[name] = tuple(part.strip() for part in given.split(",") if part.strip())
     settings = TypeAdapter(ServeSettings).validate_python(chosen)
     deployment = serve.deployment(
         name="gircse",

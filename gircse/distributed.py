@@ -88,7 +88,7 @@ class Corpus:
                 problem = f"no column {missing[0]!r}; choose with --column and --id-column"
                 raise InputDataError(self.source, None, problem)
             rows = _parquet_rows(file, shard.start, shard.stop, names)
-            return "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
+            return "".join(json.dumps(row, default=_as_text) + "\n" for row in rows).encode()
 
 
 @dataclass(frozen=True)
@@ -423,6 +423,11 @@ def _parquet_rows(file: pq.ParquetFile, start: int, stop: int, names: list[str])
         if low < high:
             yield from file.read_row_group(group, columns=names).slice(low, high - low).to_pylist()
         before += count
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no word for; bytes that are not UTF-8 become half surrogates, which the reader refuses by row."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _count_rows(shards: list[ShardRange], corpus: Corpus) -> int:

@@ -12,9 +12,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from gircse.cli.search import open_index
 from gircse.errors import GircseError, UsageError
 from gircse.search import answer as work
 from gircse.search.manifest import Manifest
+from gircse.search.table import ChunkTable
 from tests.search_model import WordModel
 
 pytest.importorskip("lancedb")
@@ -121,6 +123,28 @@ def test_search(folder: str, invoke: Invoke, models: list[Any]) -> None:
         with pytest.raises(UsageError):
             invoke("search", folder, "cats", *bad)
     assert models == [], "refused before a model is loaded"
+
+
+def test_an_unfinished_index_says_what_does_not_count_yet(
+    folder: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise GircseError("stopped")
+
+    monkeypatch.setattr(work, "BackboneWriter", Writer)
+    monkeypatch.setattr(ChunkTable, "build_indices", stop)
+    corpus = str(tmp_path / "corpus.jsonl")
+    with pytest.raises(GircseError, match="stopped"):
+        invoke("index", corpus, "-o", str(tmp_path / "first"), "--column", "body", "--chunk-tokens", "8")
+    assert invoke("search", str(tmp_path / "first"), "honey bees", "--json")["hits"][0]["document_id"] == "2"
+    answer = invoke("ask", str(tmp_path / "first"), "what do bees make?", "--min-score", "-1", "--json")
+    assert answer["passages"][0]["document_id"] == "2"
+    open_index(tmp_path / "first")
+    assert "run gircse index again; until then words do not count" in capsys.readouterr().err
+    with pytest.raises(GircseError, match="stopped"):
+        invoke("index", corpus, "-o", folder)
+    open_index(Path(folder))
+    assert capsys.readouterr().err.endswith("is unfinished: run gircse index again\n"), "it has words of its first run"
 
 
 def test_rerank(invoke: Invoke, tmp_path: Path) -> None:

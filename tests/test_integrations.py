@@ -208,6 +208,20 @@ def test_llama_index_stores_its_settings_and_embeds_nodes(folder: str) -> None:
     np.testing.assert_allclose(np.array(nodes[1].embedding), made.get_text_embedding(TEXTS[1]), atol=1e-5)
 
 
+def test_llama_index_takes_no_model_object_for_another(folder: str, tiny: GIRCSE, backbone: Path) -> None:
+    pytest.importorskip("llama_index.core")
+    from gircse.integrations.llama_index import GIRCSEEmbedding
+
+    other = GIRCSE.from_backbone(str(backbone), num_steps=2, max_seq_length=48, prompts=tiny.prompts, device="cpu")
+    made, same, different = (GIRCSEEmbedding(model).to_dict() for model in (tiny, GIRCSE(folder, device="cpu"), other))
+    assert made == same
+    assert str(made) != str(different), "caches tell them apart by this"
+    with pytest.raises(UsageError, match="save the model and give its folder"):
+        GIRCSEEmbedding.from_dict(made)
+    assert GIRCSEEmbedding.from_dict(made, model=tiny).to_dict() == made
+    assert GIRCSEEmbedding.from_dict(GIRCSEEmbedding().to_dict()).to_dict() == GIRCSEEmbedding().to_dict()
+
+
 def test_haystack_pipelines_run_and_are_stored(folder: str, tiny: GIRCSE) -> None:
     haystack = pytest.importorskip("haystack")
     from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever

@@ -141,6 +141,19 @@ def test_rows_of_other_texts_are_refused(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a.html").exists()
 
 
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.txt", "rows"])
+def test_a_corpus_is_read_as_it_was_embedded(name: str, folder: Path, tmp_path: Path) -> None:
+    corpus, embedded = tmp_path / name, tmp_path / "x.parquet"
+    shutil.copy(folder / "corpus.jsonl", corpus)
+    embed_corpus(HashingModel(), CorpusReader(str(corpus), "jsonl", id_column="id"), embedded, settings())
+    run(embedded, "--texts", corpus, "--color-by", "stars", "-o", tmp_path / "map.html")
+    assert page_data(tmp_path / "map.html")["texts"][7] == HOSTILE
+    table = tmp_path / "table.parquet"  # the same rows in a kind of file that its name tells
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in corpus.read_text("utf-8").splitlines()]), table)
+    run(embedded, "--texts", table, "-o", tmp_path / "map.html", "--overwrite")
+    assert page_data(tmp_path / "map.html")["texts"][7] == HOSTILE
+
+
 @pytest.mark.parametrize("precision", ["float16", "int8", "binary"])
 def test_every_precision_is_read(precision: Any, folder: Path, tmp_path: Path) -> None:
     reader = CorpusReader(str(folder / "corpus.jsonl"), id_column="id")

@@ -88,6 +88,23 @@ def test_a_bad_row_is_named_by_its_place_in_the_corpus(tmp_path: Path) -> None:
     assert sum(len(list(ShardReader(lenient, shard))) for shard in lenient.plan(16)) == 39
 
 
+def test_binary_columns_are_text_as_in_one_process(tmp_path: Path) -> None:
+    source = tmp_path / "binary.parquet"
+    texts = [f"téxt {n}".encode() for n in range(20)]
+    keys = [f"d{n}".encode() for n in range(20)]
+    pq.write_table(pa.table({"key": pa.array(keys, pa.binary()), "text": pa.array(texts, pa.binary())}), source)
+    whole = Corpus(str(source), "parquet", id_column="key")
+    rows = [row for shard in whole.plan(16) for row in ShardReader(whole, shard)]
+    assert rows == list(CorpusReader(str(source), id_column="key"))
+    assert (rows[3].id, rows[3].text) == ("d3", "téxt 3")
+    texts[17] = "téxt 17".encode("latin-1")
+    pq.write_table(pa.table({"text": pa.array(texts, pa.binary())}), source)
+    lenient = Corpus(str(source), "parquet", skip_bad=True)
+    readers = [ShardReader(lenient, shard) for shard in lenient.plan(16)]
+    assert [row.id for reader in readers for row in reader] == [n for n in range(1, 21) if n != 18]
+    assert readers[1].bad.counts == {"not UTF-8": 1}
+
+
 # On Ray
 
 
@@ -197,7 +214,9 @@ def test_bad_rows_and_repeated_ids_stop_the_run_in_one_line(ray: Any, tmp_path: 
         on_ray(source, tmp_path / "b", SlowModel(tmp_path / "pids"), id_column="key")
 
 
-def test_the_command_embeds_with_a_real_loop(ray: Any, backbone: Path, tmp_path: Path) -> None:
+def test_the_command_embeds_with_a_real_loop(
+    ray: Any, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import typer
     from typer.testing import CliRunner
 
@@ -210,12 +229,13 @@ def test_the_command_embeds_with_a_real_loop(ray: Any, backbone: Path, tmp_path:
     source = write_corpus(tmp_path / "corpus.jsonl", 20)
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command("embed")(embed)
-    common = [str(source), "--model", str(tmp_path / "model"), "--shard-size", "8", "--num-steps", "2", "--json"]
+    monkeypatch.chdir(tmp_path)  # where the workers are not: relative paths are the command's
+    common = [source.name, "--model", "model", "--shard-size", "8", "--num-steps", "2", "--json"]
     one = CliRunner().invoke(
         app, [*common, "-o", str(tmp_path / "one.parquet"), "--device", "cpu"], catch_exceptions=False
     )
     many = CliRunner().invoke(
-        app, [*common, "-o", str(tmp_path / "many"), "--ray", "local", "--ray-workers", "2"], catch_exceptions=False
+        app, [*common, "-o", "many", "--ray", "local", "--ray-workers", "2"], catch_exceptions=False
     )
     assert json.loads(many.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
     expected = pq.read_table(tmp_path / "one.parquet")

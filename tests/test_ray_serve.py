@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ def server(model: GIRCSE, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         port = free.getsockname()[1]
     start_ray()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    limits: dict[str, Any] = {"max_num_steps": "16", "max_body_mb": "1.0", "served_names": (NAME,)}
+    limits: dict[str, Any] = {"max_num_steps": "16", "max_body_mb": "1.0", "served_names": NAME}
+    limits |= {"log_json": "true", "log_texts": "true"}
     serve.run(app({"model": str(folder), "device": "cpu", "max_replicas": "1", **limits}), route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -68,3 +71,25 @@ def test_unknown_arguments_are_refused() -> None:
 
     with pytest.raises(UsageError, match="'modell'"):
         app({"modell": "x"})
+
+
+def test_strings_with_commas_are_several_values() -> None:
+    from deploy.ray_serve import app
+
+    deployment: Any = app({"served_names": "mine, other", "cors_origins": "https://a.example"})
+    _, settings = deployment._bound_deployment.init_args
+    assert (settings.served_names, settings.cors_origins) == (("mine", "other"), ("https://a.example",))
+
+
+def test_a_replica_logs_as_the_settings_say(server: str) -> None:
+    CLIENT.post(server + "/v1/embeddings", json={"model": NAME, "input": "cats"}, headers={"x-request-id": "logged-1"})
+    logs = Path("/tmp/ray/session_latest/logs")
+    deadline = time.monotonic() + 20
+    lines: list[str] = []
+    while not lines and time.monotonic() < deadline:
+        time.sleep(0.2)
+        everything = [line for file in logs.glob("worker-*.err") for line in file.read_text("utf-8").splitlines()]
+        lines = [line for line in everything if "logged-1" in line and line.startswith("{")]  # Ray has one of its own
+    assert len(lines) == 1
+    logged = json.loads(lines[0])
+    assert (logged["request_id"], logged["status"], logged["input"]) == ("logged-1", 200, ["cats"])

@@ -11,6 +11,7 @@ import pytest
 
 from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
+from gircse.search.index import IndexProgress
 from gircse.search.manifest import model_checksum
 from gircse.search.rerank import rerank
 from gircse.search.search import SearchIndex, fuse
@@ -87,6 +88,28 @@ def test_hybrid_is_the_fusion_of_both_rankings(index: SearchIndex) -> None:
     assert hits[0].document_id == "cats"
     assert {hit.document_id: hit.score for hit in hits} == pytest.approx(expected)
     assert all(hit.similarity is not None for hit in hits)
+
+
+def test_an_index_whose_first_run_was_stopped_is_searched_by_meaning(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"id": str(n), "text": f"number{n} honey"} for n in range(300)]
+    corpus.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    model: Any = WordModel()
+
+    def stop(progress: IndexProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_index(corpus, tmp_path / "i", model, settings(model_checksum=model_checksum(model)), on_progress=stop)
+    index = SearchIndex(tmp_path / "i", model)
+    assert 0 < index.table.count_chunks() <= 300
+    assert not index.table.has_text_index
+    found = index.search("number7 honey", top=3)
+    assert found[0].document_id == "7"
+    assert found == index.search("number7 honey", mode="vector", top=3)
+    assert index.search("number7 honey", rerank_steps=4)[0].document_id == "7"
+    with pytest.raises(GircseError, match="needs a finished index"):
+        index.search("honey", mode="text")
 
 
 def test_fusion_by_hand() -> None:

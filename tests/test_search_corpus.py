@@ -53,6 +53,12 @@ def test_metadata_stays_beside_its_text_when_bad_rows_are_left_out(tmp_path: Pat
     assert [(d.id, d.metadata) for d in read(table, skip_bad=True)] == [("a", {"n": "1"}), ("d", {"n": "4"})]
 
 
+def test_a_column_without_a_name_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.csv"  # as pandas writes it with its index
+    path.write_text(",id,text\n0,a,one\n1,b,two\n", encoding="utf-8")
+    assert [document.metadata for document in read(path)] == [{"_": "0"}, {"_": "1"}]
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     table = pa.table({"day": [date(2020, 2, 1), None], "id": [7, 8], "text": ["one", "two"], "x": [0.5, float("nan")]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,6 +249,10 @@ def _embed_on_ray(
 
     if source == STDIN:
         raise UsageError("--ray reads a file that every worker sees, not standard input")
+    if "://" not in source:
+        source = os.path.abspath(source)  # workers run in the folder where Ray was started
+    if load.model is not None and os.path.exists(load.model):
+        load = replace(load, model=os.path.abspath(load.model))
     corpus = Corpus(source, input_format or format_of(source), column, id_column, skip_bad)
     connect(address)
     encoder = replace(load, device="cpu")()  # the driver only needs to know which model it is

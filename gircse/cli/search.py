@@ -110,7 +110,9 @@ def open_index(folder: Path) -> SearchIndex:
 
     index = SearchIndex(folder)
     if not index.manifest.complete:
-        stderr.print(f"{folder} is unfinished: run gircse index again", markup=False, highlight=False, soft_wrap=True)
+        words = "" if index.table.has_text_index else "; until then words do not count, only meaning does"
+        message = f"{folder} is unfinished: run gircse index again{words}"
+        stderr.print(message, markup=False, highlight=False, soft_wrap=True)
     return index
 
 

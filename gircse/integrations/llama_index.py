@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from gircse.errors import MissingExtraError
+from gircse.errors import MissingExtraError, UsageError
 from gircse.integrations import Embedder
+from gircse.search.manifest import model_checksum
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -29,6 +32,9 @@ class GIRCSEEmbedding(BaseEmbedding):
         num_steps: K.
         device: For a model named by path.
         **kwargs: As `BaseEmbedding` takes them, e.g. ``embed_batch_size``.
+
+    Raises:
+        UsageError: The settings are stored ones of a model object, which nobody could load again.
     """
 
     instruction: str | None = Field(default=None, description="Of queries; the checkpoint's where None.")
@@ -55,9 +61,14 @@ class GIRCSEEmbedding(BaseEmbedding):
         }
         # `model_name` is what the base class stores; from_dict() gives it back, and it must load the same model.
         stored_name = kwargs.pop("model_name", None)
+        if model is None and stored_name is not None and stored_name.startswith(_OBJECT):
+            raise UsageError(
+                "an embedding made from a model object cannot be made again: save the model and give its folder"
+            )
         model = model if model is not None or stored_name in (None, _SHIPPED) else stored_name
         embedder = Embedder(model, **settings)
-        super().__init__(model_name=embedder.name or _SHIPPED, **settings, **kwargs)
+        name = embedder.name or (_SHIPPED if model is None else _name_of_object(embedder.model))
+        super().__init__(model_name=name, **settings, **kwargs)
         self._embedder = embedder
 
     @classmethod
@@ -85,3 +96,10 @@ class GIRCSEEmbedding(BaseEmbedding):
 
 
 _SHIPPED = "gircse"
+_OBJECT = "object:"
+
+
+def _name_of_object(model: GIRCSE) -> str:
+    """Another name wherever vectors may differ: by it LlamaIndex decides whether those of its cache may be used."""
+    facts = [model_checksum(model), model.prompts, model.num_steps, model.max_seq_length, model.truncate_dim]
+    return _OBJECT + sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gircse.embed import DEFAULT_SHARD_SIZE
+from gircse.embed import DEFAULT_SHARD_SIZE, InputFormat
 from gircse.embed.job import hash_rows
 from gircse.embed.reader import CorpusReader
 from gircse.errors import InputDataError, UsageError
@@ -140,7 +140,7 @@ def _labels_of_corpus(source: EmbeddingFile, corpus: str, column: str | None, co
     id_column = source.made.get("id_column")
     reader = CorpusReader(
         corpus,
-        source.made.get("input_format") if Path(corpus).suffix == "" else None,
+        _format_of(source, corpus),
         column=column or source.made.get("column") or "text",
         id_column=id_column,
         skip_bad=True,
@@ -169,6 +169,14 @@ def _labels_of_corpus(source: EmbeddingFile, corpus: str, column: str | None, co
         known = ", ".join(sorted(names)) or "none"
         raise UsageError(f"{corpus} has no column {color_by!r} to colour by; it has {known}")
     return Labels([found[key][0] for key in source.ids], [found[key][1] for key in source.ids] if color_by else None)
+
+
+def _format_of(source: EmbeddingFile, corpus: str) -> InputFormat | None:
+    """What the corpus was embedded as, where its name does not say what it is; None where it does."""
+    suffix = Path(corpus).suffix.lower().removeprefix(".")
+    # Plain text has no columns, so vectors of a column were made from something else under that name.
+    says_nothing = suffix not in get_args(InputFormat) or (suffix == "txt" and source.made.get("column") is not None)
+    return source.made.get("input_format") if says_nothing else None
 
 
 def _opened(path: Path) -> pq.ParquetFile:

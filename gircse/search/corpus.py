@@ -36,7 +36,8 @@ class DocumentCorpus:
     """The documents of a file, in order; iterating again starts over.
 
     Columns besides text and id are metadata under their own names, characters other than letters, digits and ``_``
-    replaced by ``_``. Values that are no scalars (lists, objects, dates) become text, as JSON where they can.
+    replaced by ``_``; one without a name is ``_``. Values that are no scalars (lists, objects, dates) become text, as
+    JSON where they can.
 
     Args:
         reader: Of a file; a stream can be read only once.
@@ -73,7 +74,7 @@ class DocumentCorpus:
         for column, value in cells.items():
             if column in self.reader.columns or value is None or value != value:  # NaN differs from itself
                 continue
-            name = re.sub(r"\W", "_", column)
+            name = re.sub(r"\W", "_", column) or "_"  # pandas leaves its index column without a name
             if name in metadata:
                 problem = f"two columns are called {name!r} once other characters are replaced by _; rename one"
                 raise InputDataError(self.reader.name, line, problem)

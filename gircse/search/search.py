@@ -103,7 +103,7 @@ class SearchIndex:
 
         Args:
             query: What is asked.
-            mode: What decides the rank.
+            mode: What decides the rank; ``hybrid`` is ``vector`` until the index has its full-text part, at its end.
             top: So many at most.
             where: An SQL condition over metadata columns, ``document_id`` and ``text``.
             instruction: Of the query; the model's ``query`` prompt where not given.
@@ -115,7 +115,7 @@ class SearchIndex:
 
         Raises:
             UsageError: An argument is out of range, `where` is not understood, or K is not that of the index.
-            GircseError: There is no model, or the index is unfinished and lacks its full-text part.
+            GircseError: There is no model, or ``mode="text"`` is asked of an index that lacks its full-text part yet.
         """
         self.check(query, where, num_steps)
         if top < 1 or candidates < 1:
@@ -176,7 +176,7 @@ class SearchIndex:
 
         if not self.table.count_chunks():
             return []
-        if mode == "vector":
+        if mode == "vector" or (mode == "hybrid" and not self.table.has_text_index):
             return [{**row, "score": row["similarity"]} for row in _deep_enough(by_vector, count, key)]
         if mode == "text":
             return [{**row, "score": row["bm25"]} for row in _deep_enough(by_text, count, key)]
