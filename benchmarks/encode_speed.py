@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_rise
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
@@ -151,9 +151,7 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one run, and how far it raised the peak."""
     model, folder, texts, instruction = load(arguments, arguments.mixes[0])
     variants = make_variants(model, folder, texts, instruction)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    variants[arguments.memory_of]()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_rise(variants[arguments.memory_of]))
 
 
 def main() -> None:

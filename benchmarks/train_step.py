@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_rise
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -127,9 +127,7 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one step, and how far it raised the peak."""
     model = load(arguments.backbone)
     batch = make_batch(model, arguments.rows, arguments.tokens[0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    make_step(arguments.memory_of, model, batch, arguments.steps[0])()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0])))
 
 
 def measure_peak(variant: str, rows: int, tokens: int, num_steps: int, backbone: str) -> float:

@@ -212,7 +212,8 @@ def test_llama_index_takes_no_model_object_for_another(folder: str, tiny: GIRCSE
     pytest.importorskip("llama_index.core")
     from gircse.integrations.llama_index import GIRCSEEmbedding
 
-    other = GIRCSE.from_backbone(str(backbone), num_steps=2, max_seq_length=48, prompts=tiny.prompts, device="cpu")
+    prompts = {name: str(prompt) for name, prompt in tiny.prompts.items()}
+    other = GIRCSE.from_backbone(str(backbone), num_steps=2, max_seq_length=48, prompts=prompts, device="cpu")
     made, same, different = (GIRCSEEmbedding(model).to_dict() for model in (tiny, GIRCSE(folder, device="cpu"), other))
     assert made == same
     assert str(made) != str(different), "caches tell them apart by this"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sentence_transformers import SentenceTransformer
 
 from gircse.cli.demo import load_corpus
@@ -64,7 +65,10 @@ def test_the_checkpoint_says_where_it_comes_from() -> None:
     config = json.loads((folder / "gircse_config.json").read_text())
     assert config["backbone"]["name"] == "smollm2-135m"
     assert config["weights"] == "adapter"
-    assert config["training"]["recipe"]["seed"] == 29
+    recipe = yaml.safe_load(Path("recipes/smollm2-135m.yaml").read_text())
+    trained = config["training"]["recipe"]
+    assert [trained[key] for key in ("seed", "start_from")] == [recipe[key] for key in ("seed", "start_from")]
+    assert [source["task"] for source in trained["data"]["sources"]] == [s["task"] for s in recipe["data"]["sources"]]
     card = (folder / "README.md").read_text()
     for source in config["training"]["recipe"]["data"]["sources"]:
         assert source["file"] in card

@@ -105,7 +105,8 @@ def facet_recipe(folder: Path, backbone: Path, facet: str, negatives: int, in_ba
 
 def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Path) -> None:
     def numbers(facet: str, negatives: int, in_batch: bool) -> list[list[tuple[str, str]]]:
-        rows = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
+        data = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
+        rows: list[Any] = data.to_list()
         prompt = f"Instruct: by {facet}\nQuery:"
         assert all(text.startswith(prompt) for row in rows for text in row.values())
         return [[tuple(text.removeprefix(prompt).split()) for text in row.values()] for row in rows]  # form, row
