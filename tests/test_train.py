@@ -187,7 +187,7 @@ def test_a_source_that_is_there_twice_is_refused(folder: Path, backbone: Path) -
 
 def test_replaced_values_are_told_by_key(folder: Path, backbone: Path) -> None:
     path = write(folder, values(folder, backbone))
-    with pytest.raises(GircseError, match="query_instruction=a: b: c is no YAML value"):
+    with pytest.raises(UsageError, match="query_instruction=a: b: c is no YAML value"):
         load_recipe(path, {"query_instruction": "a: b: c"})
     assert load_recipe(path, {"data.folder": Path("20261122")}).data.folder == Path("20261122")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gircse.encoder import RefinementConfig
-from gircse.errors import GircseError, MissingExtraError
+from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import StepWeights
 from gircse.refiner import Attention, Pooling
 
@@ -300,7 +300,7 @@ def _value(key: str, value: Any) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise GircseError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
+        raise UsageError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
 
 
 def check_trackers(recipe: Recipe) -> None:
