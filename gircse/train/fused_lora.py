@@ -15,19 +15,33 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gircse.packed_weights import PackedWeights
 
 
 class _LoraProduct(torch.autograd.Function):
     """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W and b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        packed: PackedWeights,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         low = rows @ a.T  # (N, r)
-        out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)  # (N, out)
+        out = packed.product(rows, weight, bias)  # (N, out)
+        if out is None:
+            out = F.linear(rows, weight, bias)
         out.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.scale, ctx.shape, ctx.packed = scale, x.shape, packed
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -37,24 +51,52 @@ class _LoraProduct(torch.autograd.Function):
         low_grad = (grad @ b).mul_(ctx.scale)  # (N, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(low_grad, a).view(ctx.shape)
-        return grad_x, None, None, low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale), None
+            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a).view(ctx.shape)
+        return grad_x, None, None, low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale), None, None
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x·Wᵀ with a frozen W: the LM head."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: PackedWeights) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.packed = packed
+        out = packed.product(x, weight)
+        return F.linear(x, weight) if out is None else out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad = gradients[0].reshape(-1, weight.shape[0])
+        return _transposed_product(grad, weight, ctx.packed).view(*gradients[0].shape[:-1], -1), None, None
+
+
+def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> Tensor:
+    out = packed.product(grad, weight, transposed=True)
+    return grad @ weight if out is None else out
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
     """Run the model's plain LoRA layers as one operation each; others stay as they are.
 
+    Frozen weights, the LM head's too, are packed for the products of few rows that soft tokens are made of.
+
     Yields:
-        How many layers are fused.
+        How many LoRA layers are fused.
     """
+    packed = PackedWeights()
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and _is_plain(layer)]
+    heads = [layer for name, layer in model.named_modules() if _is_frozen_head(name, layer)]
     for layer in layers:
-        layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, layer.forward, packed)  # type: ignore[method-assign]
+    for head in heads:
+        head.forward = partial(_frozen_forward, head, packed)
     try:
         yield len(layers)
     finally:
-        for layer in layers:
+        for layer in [*layers, *heads]:
             del layer.forward  # the class's own again
 
 
@@ -74,7 +116,21 @@ def _is_plain(layer: Linear) -> bool:
     )
 
 
-def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _is_frozen_head(name: str, layer: nn.Module) -> bool:
+    """A linear layer of its own, not under an adapter."""
+    plain = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
+    return plain and not name.endswith(".base_layer")
+
+
+def _frozen_forward(layer: nn.Linear, packed: PackedWeights, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != layer.weight.dtype:
+        return F.linear(x, layer.weight)
+    return _FrozenProduct.apply(x, layer.weight, packed)  # type: ignore[return-value]
+
+
+def _forward(
+    layer: Linear, original: Callable[..., Tensor], packed: PackedWeights, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     name, base = layer.active_adapters[0], layer.get_base_layer()
     if (
         layer.merged
@@ -84,4 +140,4 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
     ):
         return original(x, *args, **kwargs)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[return-value]
+    return _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name], packed)  # type: ignore[return-value]

@@ -1,0 +1,164 @@
+"""Weights packed for products with few rows, which is what soft tokens are made of on a CPU.
+
+Knows float32 weights and MKL; knows nothing of layers, soft tokens or texts. Every product with few rows reorders the
+whole weight matrix before it multiplies, which costs as much as multiplying. MKL does it once and keeps the result,
+which takes as much memory as the weights again. See docs/experiments.md for what that buys.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+FEWEST_ROWS, MOST_ROWS = 4, 512
+"""Rows of a product that packed weights make faster; above and below they gain nothing."""
+
+SHARE_OF_MEMORY = 0.25
+"""Of the memory that is free, how much packed copies may take before weights are left as they are."""
+
+_ROWS_PACKED_FOR = 64
+"""What MKL is told that products will have; the result is right for all others too (tested)."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A packed copy, and what tells whether its weight is still what it was."""
+
+    weight: weakref.ref[Tensor]
+    version: int
+    sample: Tensor
+    packed: Tensor
+
+
+class PackedWeights:
+    """Packed copies of weights, made at their first product with few rows. A copy or pickle of this holds none.
+
+    Attributes:
+        enabled: False packs nothing: where memory is shorter than time.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self._packed: dict[tuple[int, bool], _Packed] = {}
+        self._room = 0.0
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __reduce__(self) -> tuple[Callable[[bool], PackedWeights], tuple[bool]]:
+        return _restored, (self.enabled,)
+
+    def refresh(self) -> None:
+        """Drop the copies of weights that have changed, and see how much memory there is for new ones."""
+        stale = [key for key, entry in self._packed.items() if not self.enabled or not _is_current(entry)]
+        for key in stale:
+            del self._packed[key]
+        self._room = SHARE_OF_MEMORY * psutil.virtual_memory().available
+
+    def products(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which linear layers over float32 parameters on the CPU use packed copies.
+
+        Gradients know nothing of them: where one is wanted, layers compute as always.
+
+        Args:
+            device: Where the products are computed; on others than the CPU the context does nothing.
+        """
+        if device.type != "cpu" or torch.is_grad_enabled():
+            return nullcontext()
+        self.refresh()
+        return _Products(self)
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor | None:
+        """x·Wᵀ + b, or x·W, by the packed copy, which is made if need be.
+
+        Args:
+            x: (..., in), or (..., out) for the transposed product.
+            weight: (out, in).
+            bias: (out,).
+            transposed: Whether the product is x·W, as for the gradient of a linear layer's input.
+
+        Returns:
+            None where there is no packed copy, or the rows are too few or too many for it.
+        """
+        rows = x.numel() // x.shape[-1]
+        if not FEWEST_ROWS <= rows <= MOST_ROWS or x.dtype != torch.float32:
+            return None
+        packed = self._copy(weight, transposed)
+        if packed is None:
+            return None
+        # Of the weight itself the operation takes the sizes alone: its rows are those that it is told to expect.
+        shape = weight.t() if transposed else weight
+        out = torch.ops.mkl._mkl_linear(x.reshape(rows, -1), packed, shape, bias, rows)
+        return out.view(*x.shape[:-1], -1)
+
+    def _copy(self, weight: Tensor, transposed: bool) -> Tensor | None:
+        key = (id(weight), transposed)
+        entry = self._packed.get(key)
+        if entry is not None and entry.weight() is weight:  # and no other that has come to its place in memory
+            return entry.packed
+        if not self.enabled or weight.nbytes > self._room or not _can_pack(weight):
+            return None
+        self._room -= weight.nbytes
+        with torch.inference_mode():
+            rows = weight.detach().t().contiguous() if transposed else weight.detach()
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
+        self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed)
+        return packed
+
+
+def _restored(enabled: bool) -> PackedWeights:
+    weights = PackedWeights()
+    weights.enabled = enabled
+    return weights
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return (
+        torch.backends.mkl.is_available()
+        and isinstance(weight, nn.Parameter)  # and not computed anew at every call
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.dim() == 2
+        and weight.is_contiguous()
+        and not weight.is_inference()  # such tensors count no changes
+    )
+
+
+def _is_current(entry: _Packed) -> bool:
+    """Whether the weight is there and holds what was packed; peft merges through `.data`, which counts no change."""
+    weight = entry.weight()
+    return weight is not None and weight._version == entry.version and torch.equal(_sample(weight), entry.sample)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().view(-1)
+    return flat[:: max(1, flat.numel() // 61)].clone()
+
+
+class _Products(TorchFunctionMode):
+    """Takes over `torch.nn.functional.linear`."""
+
+    def __init__(self, weights: PackedWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs:
+            out = self.weights.product(*args)
+            if out is not None:
+                return out
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,126 @@
+"""Packed weights give the same products and vectors, notice changes, and stay away where memory is short."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.nn import functional as F
+
+from gircse import packed_weights
+from gircse.model import GIRCSE
+from gircse.packed_weights import FEWEST_ROWS, MOST_ROWS, PackedWeights
+
+CPU = torch.device("cpu")
+TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five"]
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(576, 1536), (1536, 576), (576, 192), (17, 5)])
+def test_products_are_those_of_the_plain_layer(wide: int, narrow: int) -> None:
+    torch.manual_seed(0)
+    layer, weights = nn.Linear(wide, narrow, bias=narrow != 576), PackedWeights()
+    with torch.no_grad():
+        for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 512, 513):
+            x = torch.randn(rows, wide)
+            with weights.products(CPU):
+                found = layer(x)
+            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+    assert len(weights) == 1
+
+
+@pytest.mark.parametrize(("out", "width"), [(1536, 576), (576, 1536), (5, 17)])
+def test_the_product_for_a_gradient(out: int, width: int) -> None:
+    torch.manual_seed(0)
+    weight, weights = nn.Parameter(torch.randn(out, width)), PackedWeights()
+    for rows in (4, 7, 32, 130, 512):
+        grad = torch.randn(rows, out)
+        with torch.no_grad():
+            found = weights.product(grad, weight, transposed=True)
+        assert found is not None
+        torch.testing.assert_close(found, grad @ weight.detach(), rtol=1e-4, atol=1e-3)
+    assert weights.product(torch.randn(513, out), weight, transposed=True) is None
+    assert len(weights) == 1
+
+
+def test_only_few_rows_without_gradients_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, asked, weights = nn.Linear(8, 8), [], PackedWeights()
+    monkeypatch.setattr(weights, "_copy", lambda weight, transposed: asked.append(transposed))
+    with torch.no_grad(), weights.products(CPU):
+        for rows, taken in ((FEWEST_ROWS - 1, 0), (FEWEST_ROWS, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, 0)):
+            asked.clear()
+            layer(torch.randn(rows, 8))
+            assert len(asked) == taken
+            assert layer(torch.randn(2, rows // 2, 8)).shape == (2, rows // 2, 8)
+    asked.clear()
+    with weights.products(CPU):
+        layer(torch.randn(9, 8)).sum().backward()
+    with torch.no_grad(), weights.products(torch.device("meta")):
+        layer(torch.randn(9, 8))
+    assert not asked
+    assert layer.weight.grad is not None
+
+
+def test_a_weight_computed_anew_is_never_packed() -> None:
+    weights, layer = PackedWeights(), nn.Linear(8, 8)
+    with torch.no_grad(), weights.products(CPU):
+        for _ in range(5):
+            F.linear(torch.randn(9, 8), layer.weight * 2)
+    assert not len(weights)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_changed_weight_is_packed_anew(through_data: bool) -> None:
+    """Peft merges through `.data`, which leaves the version count as it is."""
+    layer, weights, x = nn.Linear(64, 64, bias=False), PackedWeights(), torch.randn(9, 64)
+    with torch.no_grad():
+        with weights.products(CPU):
+            before = layer(x)
+        (layer.weight.data if through_data else layer.weight).add_(0.5)
+        with weights.products(CPU):
+            after = layer(x)
+        torch.testing.assert_close(after, layer(x))
+        assert not torch.allclose(before, after)
+
+
+def test_vectors_are_the_same_with_and_without(model: GIRCSE) -> None:
+    packed = model.encode(TEXTS, num_steps=4)
+    assert len(model.encoder.packed_weights) > 0
+    model.encoder.packed_weights.enabled = False
+    plain = model.encode(TEXTS, num_steps=4)
+    assert not len(model.encoder.packed_weights), "the memory is given back"
+    torch.testing.assert_close(torch.tensor(packed), torch.tensor(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_adapter_is_in_the_packed_weights(model: GIRCSE) -> None:
+    model.encode(TEXTS)
+    torch.manual_seed(0)
+    model.encoder.add_lora(LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.encoder.backbone.requires_grad_(False)
+    for fold in (True, False, True):
+        model.encoder.fold_adapter = fold
+        model.encoder.packed_weights.enabled = True
+        packed = model.encode(TEXTS)
+        model.encoder.packed_weights.enabled = False
+        torch.testing.assert_close(torch.tensor(packed), torch.tensor(model.encode(TEXTS)), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_pickles_hold_none(model: GIRCSE) -> None:
+    vectors = model.encode(TEXTS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not len(other.encoder.packed_weights)
+        torch.testing.assert_close(torch.tensor(other.encode(TEXTS)), torch.tensor(vectors))
+    model.encoder.packed_weights.enabled = False
+    assert not copy.deepcopy(model).encoder.packed_weights.enabled
+
+
+def test_nothing_is_packed_where_memory_is_short(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    model.encode(TEXTS)
+    assert not len(model.encoder.packed_weights)
