@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gircse.model import GIRCSE
+from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps, recompute_states
 from gircse.train.plan import matrix_rate
 
@@ -106,12 +107,12 @@ def dynamic_cache(model: GIRCSE, ids: Tensor, mask: Tensor, num_steps: int) -> T
     return torch.stack(states, dim=1)
 
 
-def with_adapter_apart(model: GIRCSE, texts: list[str], prompt: str) -> object:
-    """This project's `encode` with the LoRA layers beside the weights instead of folded into them."""
-    model.encoder.fold_adapter = False
-    found = model.encode(texts, prompt=prompt, num_steps=5)
-    model.encoder.fold_adapter = True
-    model.encoder.settle_adapter()
+def unpacked(model: GIRCSE, texts: list[str], prompt: str, num_steps: int) -> object:
+    """This project's `encode` without packed copies of the weights."""
+    kept, model.encoder.packed_weights = model.encoder.packed_weights, PackedWeights()
+    model.encoder.packed_weights.enabled = False
+    found = model.encode(texts, prompt=prompt, num_steps=num_steps)
+    model.encoder.packed_weights = kept
     return found
 
 
@@ -123,8 +124,9 @@ def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: st
         "encoder": lambda: encoder.encode(texts, prompt=prompt, batch_size=BATCH),
         "encode K=0": lambda: model.encode(texts, prompt=prompt, num_steps=0),
         "encode K=5": lambda: model.encode(texts, prompt=prompt, num_steps=5),
-        "encode, adapter apart K=5": lambda: with_adapter_apart(model, texts, prompt),
         "encode K=20": lambda: model.encode(texts, prompt=prompt, num_steps=20),
+        "encode unpacked K=5": lambda: unpacked(model, texts, prompt, 5),
+        "encode unpacked K=20": lambda: unpacked(model, texts, prompt, 20),
         "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache),
         "recompute K=5": lambda: in_batches(model, texts, prompt, 5, recompute),
     }
@@ -138,18 +140,23 @@ def floor_seconds(model: GIRCSE, ids: list[list[int]], num_steps: int, rate: flo
     return (2 * layers * (tokens + num_steps * len(ids)) + 4 * head * num_steps * len(ids)) / rate
 
 
-def load(arguments: argparse.Namespace, mix: str) -> tuple[GIRCSE, Path, list[str], str | None]:
+def numbers(text: str) -> list[int]:
+    """``192,48,20``."""
+    return [int(part) for part in text.split(",")]
+
+
+def load(arguments: argparse.Namespace, mix: str, count: int) -> tuple[GIRCSE, Path, list[str], str | None]:
     """Model, folder of its backbone, texts and instruction."""
     from gircse.backbones import resolve_backbone
 
     model = GIRCSE(device="cpu")
     folder = resolve_backbone(model.encoder.reference.name).path
-    return model, folder, read_mix(arguments.data, mix, arguments.texts), None if mix == "long" else INSTRUCTION
+    return model, folder, read_mix(arguments.data, mix, count), None if mix == "long" else INSTRUCTION
 
 
 def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one run, and how far it raised the peak."""
-    model, folder, texts, instruction = load(arguments, arguments.mixes[0])
+    model, folder, texts, instruction = load(arguments, arguments.mixes[0], arguments.texts[0])
     variants = make_variants(model, folder, texts, instruction)
     print(peak_rise(variants[arguments.memory_of]))
 
@@ -159,7 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
     parser.add_argument("--mixes", type=lambda text: text.split(","), default=["short", "medium", "long"])
-    parser.add_argument("--texts", type=int, default=192)
+    parser.add_argument("--texts", type=numbers, default=[192], help="of each mix; one number for all")
+    parser.add_argument("--variants", type=lambda text: text.split(","), help="all where not given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -173,11 +181,14 @@ def main() -> None:
     machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
     table = Table("mix", "what", "seconds", "texts/s", "tokens/s", "to encoder", "of the floor", "peak MiB")
     entries: list[dict[str, Any]] = []
-    for mix in arguments.mixes:
-        model, folder, texts, instruction = load(arguments, mix)
+    counts = arguments.texts * len(arguments.mixes) if len(arguments.texts) == 1 else arguments.texts
+    for mix, count in zip(arguments.mixes, counts, strict=True):
+        model, folder, texts, instruction = load(arguments, mix, count)
         prompt = "" if instruction is None else model.format_instruction(instruction)
         ids = model.tokenize_texts(texts, prompt).ids
         variants = make_variants(model, folder, texts, instruction)
+        if arguments.variants:
+            variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):
             for name, run in variants.items():
@@ -194,7 +205,7 @@ def main() -> None:
             peak = None
             if not arguments.no_memory:
                 command = [sys.executable, __file__, "--data", str(arguments.data), "--mixes", mix]
-                command += ["--texts", str(arguments.texts), "--memory-of", name]
+                command += ["--texts", str(count), "--memory-of", name]
                 told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 peak = float(told.split()[-1])
             tokens = sum(map(len, ids))

@@ -35,6 +35,7 @@ from transformers import DynamicCache
 
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
+from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps
 from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops
@@ -68,12 +69,13 @@ def make_step(variant: str, model: GIRCSE, batch: list[dict[str, Tensor]], num_s
     loss = ICRLoss(model)
     allowed = loss.allowed_candidates(batch)
     ids = torch.cat([column["input_ids"] for column in batch])
+    packed = PackedWeights()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         if variant in ("encoder-only", "ICR"):
             model.num_steps = num_steps if variant == "ICR" else 0
-            with fused_lora(model):
+            with fused_lora(model, packed):
                 loss(batch).backward()
             return
         if variant == "ICR, peft's LoRA":
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="queries, and as many passages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
@@ -167,7 +170,7 @@ def main() -> None:
     for tokens in arguments.tokens:
         batch = make_batch(model, arguments.rows, tokens)
         for num_steps in arguments.steps:
-            steps = {variant: make_step(variant, model, batch, num_steps) for variant in VARIANTS}
+            steps = {variant: make_step(variant, model, batch, num_steps) for variant in arguments.variants}
             seconds = time_steps(steps, arguments.repeats)
             for variant, value in seconds.items():
                 k = 0 if variant == "encoder-only" else num_steps

@@ -78,15 +78,19 @@ def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> 
 
 
 @contextmanager
-def fused_lora(model: nn.Module) -> Iterator[int]:
+def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterator[int]:
     """Run the model's plain LoRA layers as one operation each; others stay as they are.
 
     Frozen weights, the LM head's too, are packed for the products of few rows that soft tokens are made of.
 
+    Args:
+        model: Whose layers.
+        packed: Copies to go on with, where the context is entered more than once.
+
     Yields:
         How many LoRA layers are fused.
     """
-    packed = PackedWeights()
+    packed = PackedWeights() if packed is None else packed
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and _is_plain(layer)]
     heads = [layer for name, layer in model.named_modules() if _is_frozen_head(name, layer)]
     for layer in layers:
