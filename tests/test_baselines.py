@@ -151,4 +151,4 @@ def test_the_ablation_grid_is_made_of_valid_recipes() -> None:
     loaded = {name: load_recipe(folder / "base.yaml", changes) for name, changes in grid.items()}
     assert len(set(map(repr, loaded.values()))) == len(grid), "every run differs from every other"
     assert loaded["encoder-only-bidirectional"].refinement().attention == "bidirectional"
-    assert loaded["random-steps"].training.random_steps
+    assert loaded["random-steps"].training.random_steps == (1, 5)

@@ -8,133 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-import zstandard
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from gircse.errors import GircseError, InputDataError, UsageError
+from gircse.errors import GircseError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import GIRCSE
-from gircse.train.data import example_counts, load_training_data, read_rows
+from gircse.train.data import load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
 from gircse.train.run import load_teacher, make_losses, make_model, train
 from tests.tiny import tiny_backbone, tiny_tokenizer
-
-ROWS = [
-    {
-        "task": task,
-        "instruction": f"do {task}",
-        "query": f"query {i}",
-        "pos": [f"pos {i}"],
-        "neg": [f"neg {i}", f"bad {i}"],
-    }
-    for task in ("a", "b")
-    for i in range(24)
-]
+from tests.training_recipe import values, write, write_rows
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    with zstandard.open(tmp_path / "data" / "rows.jsonl.zst", "wt", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_rows(tmp_path)
     return tmp_path
-
-
-def values(folder: Path, backbone: Path) -> dict[str, Any]:
-    return {
-        "backbone": str(backbone),
-        "seed": 3,
-        "model": {"num_steps": 2, "max_seq_length": 40},
-        "lora": {"r": 2, "alpha": 4},
-        "data": {
-            "folder": str(folder / "data"),
-            "max_seq_length": 30,
-            "sources": [
-                {"file": "rows", "task": "a", "examples": 16, "negatives": 1, "symmetric": True, "licence": "x"},
-                {
-                    "file": "rows",
-                    "task": "b",
-                    "examples": 8,
-                    "negatives": 2,
-                    "in_batch_negatives": False,
-                    "licence": "x",
-                },
-            ],
-        },
-        "training": {"batch_size": 4, "learning_rate": 0.01, "warmup_steps": 1, "save_every": 2, "log_every": 1},
-    }
-
-
-def write(folder: Path, content: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: Path) -> None:
-    recipe = load_recipe(write(folder, values(folder, backbone)))
-    data = load_training_data(recipe)
-    assert {name: len(rows) for name, rows in data.items()} == {"rows/a": 16, "rows/b": 8}
-    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1"]
-    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
-    first = data["rows/a"][0]
-    assert first["anchor"].startswith("Instruct: do a\nQuery:query ")
-    assert first["positive"].startswith("Instruct: do a\nQuery:pos "), "symmetric: both sides carry the instruction"
-    assert data["rows/b"][0]["positive"].startswith("pos ")
-    assert load_training_data(recipe)["rows/a"][:] == data["rows/a"][:]
-    other = load_recipe(write(folder, values(folder, backbone) | {"seed": 4}))
-    assert load_training_data(other)["rows/a"][:] != data["rows/a"][:]
-
-
-def facet_recipe(folder: Path, backbone: Path, facet: str, negatives: int, in_batch: bool) -> Recipe:
-    content = values(folder, backbone)
-    own = {"negatives": negatives, "in_batch_negatives": in_batch, "symmetric": True, "licence": "x"}
-    content["data"]["sources"] = [
-        {"file": "rows", "task": "a", "examples": 24, "instruction": "by " + facet, "facet": facet, **own}
-    ]
-    return load_recipe(write(folder, content))
-
-
-def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Path) -> None:
-    def numbers(facet: str, negatives: int, in_batch: bool) -> list[list[tuple[str, str]]]:
-        data = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
-        rows: list[Any] = data.to_list()
-        prompt = f"Instruct: by {facet}\nQuery:"
-        assert all(text.startswith(prompt) for row in rows for text in row.values())
-        return [[tuple(text.removeprefix(prompt).split()) for text in row.values()] for row in rows]  # form, row
-
-    for (form, row), positive, *negatives in numbers("content", 2, True):
-        assert (positive[0] != form, positive[1]) == (True, row), "the counterpart"
-        assert len(set(negatives)) == 2
-        assert all(other[0] == form and other[1] != row for other in negatives)
-    found = numbers("form", 1, False)
-    for (form, row), positive, negative in found:
-        assert (positive[0], positive[1] != row) == (form, True), "another row in the same form"
-        assert (negative[0] != form, negative[1]) == (True, row), "the counterpart"
-    assert {anchor[0] for anchor, *_ in found} == {"query", "pos"}, "either form asks"
-
-
-def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None:
-    with pytest.raises(GircseError, match="one counterpart in the other form"):
-        facet_recipe(folder, backbone, "form", 2, False)
-    content = values(folder, backbone)
-    content["data"]["sources"][0]["facet"] = "content"
-    with pytest.raises(GircseError, match="an instruction of its own"):
-        load_recipe(write(folder, content))
-    recipe = facet_recipe(folder, backbone, "content", 1, True)
-    (folder / "data" / "rows.jsonl.zst").unlink()
-    rows = [{**ROWS[0], "query": str(i)} for i in range(24)]
-    (folder / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(GircseError, match="2 different texts on each side"):
-        load_training_data(recipe)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +48,10 @@ def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None
         ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
         ({"loss": {"teacher_weight": 0.9}}, "loss: teacher_weight and teacher_temperature need a teacher"),
         (
-            {"model": {"num_steps": 1}, "training": {"random_steps": True, "batch_size": 4}},
-            "training.random_steps draws K",
+            {"model": {"num_steps": 0}, "training": {"random_steps": [1, 3], "batch_size": 4}},
+            "training.random_steps draws how many soft tokens",
         ),
+        ({"training": {"random_steps": [3, 1], "batch_size": 4}}, "the least and the largest K to draw"),
         ({"training": {"batch_size": 9}}, "rows/b: a batch holds one source, and 8 examples make none of 9"),
         ({"evaluation": {"tasks": ["a"], "evry": 1}}, "unknown key evaluation.evry; did you mean every?"),
         ({"data": None}, "data"),
@@ -210,22 +105,6 @@ def test_no_negatives_at_all_is_refused(folder: Path, backbone: Path) -> None:
         load_recipe(write(folder, content))
 
 
-def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
-    good = json.dumps(ROWS[0])
-    for bad, message in (
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        (json.dumps({**ROWS[0], "pos": []}), "'pos' must be a non-empty list"),
-        (json.dumps({"task": "a"}), "'instruction'"),
-        (json.dumps({**ROWS[0], "neg": "x"}), "'neg' must be a list of texts"),
-        (json.dumps({**ROWS[0], "pos": [1]}), "'pos' must be a list of texts"),
-    ):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(f"{good}\n{bad}\n")
-        with pytest.raises(InputDataError, match=rf"rows.jsonl:2: .*{message}"):
-            list(read_rows(path))
-
-
 def test_a_model_to_start_from_is_missed_before_the_teacher_works(
     folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,25 +112,6 @@ def test_a_model_to_start_from_is_missed_before_the_teacher_works(
     monkeypatch.setattr("gircse.train.run.load_teacher", lambda name: pytest.fail("the teacher was loaded"))
     with pytest.raises(GircseError, match="nowhere is no saved GIRCSE model"):
         train(load_recipe(write(folder, content)), folder / "run")
-
-
-def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "latin.jsonl").write_bytes('{"task": "é"}'.encode("latin-1"))
-    (tmp_path / "torn.jsonl.zst").write_bytes(b"no zstandard")
-    (tmp_path / "torn.parquet").write_bytes(b"no table")
-    for name in ("missing.jsonl", "latin.jsonl", "torn.jsonl.zst", "torn.parquet"):
-        with pytest.raises(InputDataError, match=rf"{name}: cannot be read \(.+\); check the file"):
-            list(read_rows(tmp_path / name))
-
-
-def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
-    content = values(folder, backbone)
-    content["data"]["sources"][0]["examples"] = 500
-    with pytest.raises(GircseError, match="24 rows of a have 1 negatives, the recipe asks for 500"):
-        load_training_data(load_recipe(write(folder, content)))
-    content["data"]["sources"][0]["file"] = "nowhere"
-    with pytest.raises(GircseError, match="nowhere is not there"):
-        load_training_data(load_recipe(write(folder, content)))
 
 
 def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,6 +123,11 @@ def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, caps
     logged = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert {"step_loss_1", "step_loss_2", "step_loss_3"} <= set(logged[0]), "--num-steps replaces the recipe's 2"
+    own = [entry for entry in logged if "loss" in entry]
+    assert {key for entry in own for key in entry if key.startswith("loss_of/")} == {"loss_of/rows/a", "loss_of/rows/b"}
+    assert own[0]["loss_of/rows/a" if "loss_of/rows/a" in own[0] else "loss_of/rows/b"] == pytest.approx(
+        sum(own[0][f"step_loss_{k}"] for k in (1, 2, 3)) / 3, abs=1e-3
+    ), "a batch holds one source"
 
 
 @pytest.mark.slow
@@ -303,36 +168,6 @@ def test_a_resumed_run_has_the_same_losses(folder: Path, backbone: Path) -> None
     assert Recipe.model_validate(facts["recipe"] | {"data": facts["recipe"]["data"] | {"folder": "x"}}).seed == 3
     assert set(facts["data_sha256"]) == {"rows.jsonl.zst"}
     assert saved.max_seq_length == 40, "the training length is not the checkpoint's"
-
-
-def test_the_mixture_shares_out_a_total(folder: Path, backbone: Path) -> None:
-    """Whole batches in proportion to size^(1/T); a full source's rest goes to the others."""
-    content = values(folder, backbone)
-    content["data"]["examples"] = 24
-    for source in content["data"]["sources"]:
-        del source["examples"]
-    recipe = load_recipe(write(folder, content))
-    assert example_counts(recipe, [200, 100]) == [16, 8]
-    assert example_counts(recipe, [500, 100]) == [20, 4]
-    assert example_counts(recipe, [300, 3]) == [24, 0], "less than a batch gives none"
-    assert example_counts(recipe, [9, 100]) == [0, 24]
-    assert example_counts(recipe, [8, 12]) == [8, 12], "all there is"
-    content["data"]["mixture_temperature"] = 1000
-    assert example_counts(load_recipe(write(folder, content)), [300, 100]) == [12, 12]
-    assert {name: len(rows) for name, rows in load_training_data(recipe).items()} == {"rows/a": 12, "rows/b": 12}
-    content["data"]["sources"][0]["examples"] = 8
-    content["data"]["sources"][1]["examples"] = 8
-    with pytest.raises(GircseError, match="there is none"):
-        load_recipe(write(folder, content))
-    del content["data"]["examples"], content["data"]["sources"][0]["examples"]
-    with pytest.raises(GircseError, match="give examples for rows/a, or a total"):
-        load_recipe(write(folder, content))
-
-
-def test_parquet_rows_equal_json_rows(folder: Path) -> None:
-    path = folder / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist(ROWS), path)
-    assert list(read_rows(path)) == list(read_rows(folder / "data" / "rows.jsonl.zst"))
 
 
 def test_recipe_options_reach_losses_model_and_optimiser(folder: Path, backbone: Path) -> None:
@@ -385,32 +220,6 @@ def test_a_plan_counts_what_the_run_will_do(folder: Path, backbone: Path) -> Non
     assert plan_training(load_recipe(write(folder, content))).memory_bytes < encoder_only.memory_bytes
 
 
-def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone: Path) -> None:
-    """A local folder stands in for the hub: `datasets` loads both in the same way."""
-    place = folder / "set"
-    place.mkdir()
-    flag = [
-        {"prompt": row["instruction"], "type": row["task"], **{k: row[k] for k in ("query", "pos", "neg")}}
-        for row in ROWS
-    ]
-    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flag))
-    content = values(folder, backbone)
-    content["data"]["sources"] = [{"hub": str(place), "task": "b", "examples": 8, "negatives": 1, "licence": "x"}]
-    data = load_training_data(load_recipe(write(folder, content)))
-    (rows,) = data.values()
-    assert len(rows) == 8
-    assert all(text.startswith("Instruct: do b\nQuery:query ") for text in rows["anchor"])
-    content["data"]["sources"][0]["hub"] = str(folder / "nowhere")
-    with pytest.raises(GircseError, match="cannot be loaded"):
-        load_training_data(load_recipe(write(folder, content)))
-    del content["data"]["sources"][0]["examples"]
-    with pytest.raises(GircseError, match="give its number of examples"):
-        load_recipe(write(folder, content))
-    content["data"]["sources"] = [{"file": "rows", "hub": "x/y", "licence": "x", "examples": 1}]
-    with pytest.raises(GircseError, match="either file or hub"):
-        load_recipe(write(folder, content))
-
-
 def test_set_replaces_values_of_the_recipe(folder: Path, backbone: Path) -> None:
     path = write(folder, values(folder, backbone))
     recipe = load_recipe(path, {"model.pooling": "last", "lora": "null", "loss.matryoshka_dims": "[8, 16]"})
@@ -434,18 +243,17 @@ def test_every_recipe_in_the_repository_is_valid(recipe: Path) -> None:
 def test_k_is_drawn_for_every_batch(folder: Path, backbone: Path) -> None:
     """From the seed and the step alone; the model's own K is what it was."""
     content = values(folder, backbone)
-    content["model"]["num_steps"] = 4
-    content["training"]["random_steps"] = True
+    content["training"]["random_steps"] = [2, 5]
 
     def drawn(name: str) -> list[int]:
         logs: list[dict[str, float]] = []
         model = train(load_recipe(write(folder, content)), folder / name, report=logs.append)
-        assert model.num_steps == GIRCSE(str(folder / name), device="cpu").num_steps == 4
+        assert model.num_steps == GIRCSE(str(folder / name), device="cpu").num_steps == 2
         return [sum(key.startswith("step_loss_") for key in log) for log in logs if "loss" in log]
 
     first = drawn("first")
     assert len(first) == 6
-    assert set(first) <= {1, 2, 3, 4}
+    assert set(first) <= {2, 3, 4, 5}
     assert len(set(first)) > 1
     assert drawn("second") == first
     content["seed"] = 5

@@ -137,7 +137,7 @@ def test_an_evaluation_leaves_random_states_alone(backbone: Path, data: Path) ->
 @pytest.mark.slow
 def test_a_resumed_run_is_an_uninterrupted_one_and_both_ignore_the_evaluation(recipe: Path, tmp_path: Path) -> None:
     """With dropout and K drawn at random: whatever an evaluation or a stop changed would show in the losses."""
-    options = {"training.random_steps": True}
+    options = {"training.random_steps": [1, 2]}
     whole: list[dict[str, float]] = []
     train(load_recipe(recipe, options), tmp_path / "whole", report=whole.append)
     scored = {log["step"]: log for log in whole if "eval_mean" in log}

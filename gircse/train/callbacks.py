@@ -24,8 +24,8 @@ from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 
 Report = Callable[[dict[str, float]], None]
-"""Called with the trainer's logs: loss, gradient norm, learning rate, ``step_loss_1`` ... ``step_loss_K``, and after an
-evaluation ``eval_TASK`` and ``eval_mean``."""
+"""Called with the trainer's logs: loss, gradient norm, learning rate, ``step_loss_1`` ... ``step_loss_K``, the mean of
+these for every data set that had a batch as ``loss_of/NAME``; after an evaluation ``eval_TASK`` and ``eval_mean``."""
 
 EXPLODED = 10.0
 """A loss of this many times the running median of its data set is out of bounds."""
@@ -75,7 +75,9 @@ class Divergence:
 
 
 class StepLosses(TrainerCallback):
-    """Adds L_1..L_K to the logs and stops a run that diverges, before the optimiser takes the step.
+    """Adds L_1..L_K and the loss of every data set to the logs, and stops a run that diverges.
+
+    It does so before the optimiser takes the step.
 
     Args:
         losses: By the name of their data set.
@@ -87,6 +89,7 @@ class StepLosses(TrainerCallback):
         self.divergence = Divergence()
         self.sums: list[float] = []
         self.counts: list[int] = []
+        self.by_name: dict[str, list[float]] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
@@ -97,7 +100,9 @@ class StepLosses(TrainerCallback):
                 if not all(map(math.isfinite, values)):
                     # The step before was still good, and its weights are those of the checkpoint before that.
                     raise _diverged(f"the loss at step {step} is not a number", args.output_dir, step - 2)
-                since = self.divergence.add(name, sum(values) / len(values), step)
+                mean = sum(values) / len(values)
+                self.by_name.setdefault(name, []).append(mean)
+                since = self.divergence.add(name, mean, step)
                 if since is not None:
                     problem = f"the loss exploded: from step {since} on it is more than {EXPLODED:g} times its median"
                     raise _diverged(problem, args.output_dir, since - 2)
@@ -118,29 +123,31 @@ class StepLosses(TrainerCallback):
         if "loss" in logs:
             means = (total / count for total, count in zip(self.sums, self.counts, strict=True))
             logs |= {f"step_loss_{k}": round(mean, 4) for k, mean in enumerate(means, start=1)}
-            self.sums, self.counts = [], []
+            logs |= {f"loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.by_name.items()}
+            self.sums, self.counts, self.by_name = [], [], {}
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
 
 
 class RandomSteps(TrainerCallback):
-    """Draws the K of every batch from 1 to the model's, with the seed and the step alone.
+    """Draws the K of every batch, with the seed and the step alone.
 
     So all processes draw the same, and so does a resumed run. Outside of a training step the model has its own K.
 
     Args:
         model: The model that is trained.
+        bounds: The least and the largest K.
         seed: The recipe's.
     """
 
-    def __init__(self, model: GIRCSE, seed: int) -> None:
-        self.model, self.seed, self.most = model, seed, model.num_steps
+    def __init__(self, model: GIRCSE, bounds: tuple[int, int], seed: int) -> None:
+        self.model, self.bounds, self.seed, self.own = model, bounds, seed, model.num_steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.num_steps = random.Random(f"{self.seed}/{state.global_step}").randint(1, self.most)
+        self.model.num_steps = random.Random(f"{self.seed}/{state.global_step}").randint(*self.bounds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.num_steps = self.most
+        self.model.num_steps = self.own
 
 
 class SaveEvaluated(TrainerCallback):

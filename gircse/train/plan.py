@@ -100,8 +100,8 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
     mean_tokens = sum(cut) / len(cut)
     texts = columns * recipe.training.batch_size
     num_steps = recipe.model.num_steps
-    mean_steps = (1 + num_steps) / 2 if recipe.training.random_steps else num_steps
-    flops = texts * step_flops(mean_tokens, mean_steps, layers, head, frozen=lora is not None)
+    least, most = recipe.training.random_steps or (num_steps, num_steps)
+    flops = texts * step_flops(mean_tokens, (least + most) / 2, layers, head, frozen=lora is not None)
     if recipe.training.micro_batch_size is not None:
         flops *= 4 / 3 if lora is None else 3 / 2  # one forward pass more
     rate = matrix_rate()
@@ -111,8 +111,8 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
     memory = (
         parameters * element
         + trained * 4 * (4 if lora is None else 3)
-        + group * (mean_tokens + num_steps) * kept
-        + group * num_steps * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
+        + group * (mean_tokens + most) * kept
+        + group * most * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
     )
     return TrainingPlan(
         examples={str(name): len(rows) for name, rows in data.items()},

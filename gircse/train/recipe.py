@@ -195,7 +195,9 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     log_every: int = Field(default=5, ge=1)
-    random_steps: bool = Field(default=False, description="draw K from 1 to num_steps for every batch")
+    random_steps: tuple[int, int] | None = Field(
+        default=None, description="draw the K of every batch from this range; the model's own K stays what it is"
+    )
     gather_across_devices: bool = Field(default=False, description="negatives of all processes")
     dtype: Literal["float32", "bfloat16"] = "float32"
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="where the logs go besides")
@@ -251,8 +253,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Recipe:
-        if self.training.random_steps and self.model.num_steps < 2:
-            raise ValueError("training.random_steps draws K from 1 to model.num_steps, which must then be 2 or more")
+        least, most = self.training.random_steps or (1, 2)
+        if not 1 <= least < most:
+            raise ValueError("training.random_steps is the least and the largest K to draw, e.g. [1, 10]")
+        if self.training.random_steps and self.model.num_steps == 0:
+            raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
         return self
 
     def refinement(self) -> RefinementConfig:

@@ -81,7 +81,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
     trainer.add_callback(_Progress())
     if recipe.training.random_steps:
-        trainer.add_callback(RandomSteps(model, recipe.seed))
+        trainer.add_callback(RandomSteps(model, recipe.training.random_steps, recipe.seed))
     with fused_lora(model):
         trainer.train(resume_from_checkpoint=last if resume else None)
     if evaluator is not None:

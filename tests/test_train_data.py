@@ -1,0 +1,171 @@
+"""Rows are read, drawn and laid out as the recipe says; what is wrong with them is told by file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gircse.errors import GircseError, InputDataError
+from gircse.train.data import example_counts, load_training_data, read_rows
+from gircse.train.recipe import Recipe, load_recipe
+from tests.training_recipe import ROWS, values, write, write_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path)
+    return tmp_path
+
+
+def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: Path) -> None:
+    recipe = load_recipe(write(folder, values(folder, backbone)))
+    data = load_training_data(recipe)
+    assert {name: len(rows) for name, rows in data.items()} == {"rows/a": 16, "rows/b": 8}
+    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1"]
+    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    first = data["rows/a"][0]
+    assert first["anchor"].startswith("Instruct: do a\nQuery:query ")
+    assert first["positive"].startswith("Instruct: do a\nQuery:pos "), "symmetric: both sides carry the instruction"
+    assert data["rows/b"][0]["positive"].startswith("pos ")
+    assert load_training_data(recipe)["rows/a"][:] == data["rows/a"][:]
+    other = load_recipe(write(folder, values(folder, backbone) | {"seed": 4}))
+    assert load_training_data(other)["rows/a"][:] != data["rows/a"][:]
+
+
+def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
+    good = json.dumps(ROWS[0])
+    for bad, message in (
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        (json.dumps({**ROWS[0], "pos": []}), "'pos' must be a non-empty list"),
+        (json.dumps({"task": "a"}), "'instruction'"),
+        (json.dumps({**ROWS[0], "neg": "x"}), "'neg' must be a list of texts"),
+        (json.dumps({**ROWS[0], "pos": [1]}), "'pos' must be a list of texts"),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(InputDataError, match=rf"rows.jsonl:2: .*{message}"):
+            list(read_rows(path))
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"task": "é"}'.encode("latin-1"))
+    (tmp_path / "torn.jsonl.zst").write_bytes(b"no zstandard")
+    (tmp_path / "torn.parquet").write_bytes(b"no table")
+    for name in ("missing.jsonl", "latin.jsonl", "torn.jsonl.zst", "torn.parquet"):
+        with pytest.raises(InputDataError, match=rf"{name}: cannot be read \(.+\); check the file"):
+            list(read_rows(tmp_path / name))
+
+
+def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    content["data"]["sources"][0]["examples"] = 500
+    with pytest.raises(GircseError, match="24 rows of a have 1 negatives, the recipe asks for 500"):
+        load_training_data(load_recipe(write(folder, content)))
+    content["data"]["sources"][0]["file"] = "nowhere"
+    with pytest.raises(GircseError, match="nowhere is not there"):
+        load_training_data(load_recipe(write(folder, content)))
+
+
+def test_the_mixture_shares_out_a_total(folder: Path, backbone: Path) -> None:
+    """Whole batches in proportion to size^(1/T); a full source's rest goes to the others."""
+    content = values(folder, backbone)
+    content["data"]["examples"] = 24
+    for source in content["data"]["sources"]:
+        del source["examples"]
+    recipe = load_recipe(write(folder, content))
+    assert example_counts(recipe, [200, 100]) == [16, 8]
+    assert example_counts(recipe, [500, 100]) == [20, 4]
+    assert example_counts(recipe, [300, 3]) == [24, 0], "less than a batch gives none"
+    assert example_counts(recipe, [9, 100]) == [0, 24]
+    assert example_counts(recipe, [8, 12]) == [8, 12], "all there is"
+    content["data"]["mixture_temperature"] = 1000
+    assert example_counts(load_recipe(write(folder, content)), [300, 100]) == [12, 12]
+    assert {name: len(rows) for name, rows in load_training_data(recipe).items()} == {"rows/a": 12, "rows/b": 12}
+    content["data"]["sources"][0]["examples"] = 8
+    content["data"]["sources"][1]["examples"] = 8
+    with pytest.raises(GircseError, match="there is none"):
+        load_recipe(write(folder, content))
+    del content["data"]["examples"], content["data"]["sources"][0]["examples"]
+    with pytest.raises(GircseError, match="give examples for rows/a, or a total"):
+        load_recipe(write(folder, content))
+
+
+def test_parquet_rows_equal_json_rows(folder: Path) -> None:
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    assert list(read_rows(path)) == list(read_rows(folder / "data" / "rows.jsonl.zst"))
+
+
+def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone: Path) -> None:
+    """A local folder stands in for the hub: `datasets` loads both in the same way."""
+    place = folder / "set"
+    place.mkdir()
+    flag = [
+        {"prompt": row["instruction"], "type": row["task"], **{k: row[k] for k in ("query", "pos", "neg")}}
+        for row in ROWS
+    ]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flag))
+    content = values(folder, backbone)
+    content["data"]["sources"] = [{"hub": str(place), "task": "b", "examples": 8, "negatives": 1, "licence": "x"}]
+    data = load_training_data(load_recipe(write(folder, content)))
+    (rows,) = data.values()
+    assert len(rows) == 8
+    assert all(text.startswith("Instruct: do b\nQuery:query ") for text in rows["anchor"])
+    content["data"]["sources"][0]["hub"] = str(folder / "nowhere")
+    with pytest.raises(GircseError, match="cannot be loaded"):
+        load_training_data(load_recipe(write(folder, content)))
+    del content["data"]["sources"][0]["examples"]
+    with pytest.raises(GircseError, match="give its number of examples"):
+        load_recipe(write(folder, content))
+    content["data"]["sources"] = [{"file": "rows", "hub": "x/y", "licence": "x", "examples": 1}]
+    with pytest.raises(GircseError, match="either file or hub"):
+        load_recipe(write(folder, content))
+
+
+def facet_recipe(folder: Path, backbone: Path, facet: str, negatives: int, in_batch: bool) -> Recipe:
+    content = values(folder, backbone)
+    own = {"negatives": negatives, "in_batch_negatives": in_batch, "symmetric": True, "licence": "x"}
+    content["data"]["sources"] = [
+        {"file": "rows", "task": "a", "examples": 24, "instruction": "by " + facet, "facet": facet, **own}
+    ]
+    return load_recipe(write(folder, content))
+
+
+def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Path) -> None:
+    def numbers(facet: str, negatives: int, in_batch: bool) -> list[list[tuple[str, str]]]:
+        data = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
+        rows: list[Any] = data.to_list()
+        prompt = f"Instruct: by {facet}\nQuery:"
+        assert all(text.startswith(prompt) for row in rows for text in row.values())
+        return [[tuple(text.removeprefix(prompt).split()) for text in row.values()] for row in rows]  # form, row
+
+    for (form, row), positive, *negatives in numbers("content", 2, True):
+        assert (positive[0] != form, positive[1]) == (True, row), "the counterpart"
+        assert len(set(negatives)) == 2
+        assert all(other[0] == form and other[1] != row for other in negatives)
+    found = numbers("form", 1, False)
+    for (form, row), positive, negative in found:
+        assert (positive[0], positive[1] != row) == (form, True), "another row in the same form"
+        assert (negative[0] != form, negative[1]) == (True, row), "the counterpart"
+    assert {anchor[0] for anchor, *_ in found} == {"query", "pos"}, "either form asks"
+
+
+def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None:
+    with pytest.raises(GircseError, match="one counterpart in the other form"):
+        facet_recipe(folder, backbone, "form", 2, False)
+    content = values(folder, backbone)
+    content["data"]["sources"][0]["facet"] = "content"
+    with pytest.raises(GircseError, match="an instruction of its own"):
+        load_recipe(write(folder, content))
+    recipe = facet_recipe(folder, backbone, "content", 1, True)
+    (folder / "data" / "rows.jsonl.zst").unlink()
+    rows = [{**ROWS[0], "query": str(i)} for i in range(24)]
+    (folder / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(GircseError, match="2 different texts on each side"):
+        load_training_data(recipe)
