@@ -33,9 +33,9 @@ from threadpoolctl import threadpool_limits
 
 from gircse._version import __version__
 from gircse.errors import GircseError
+from gircse.evaluate.classification import spare_work
 from gircse.evaluate.encoder import GenerativeSource, StepEncoder, StepStore, TextSource, model_meta
 from gircse.evaluate.items import items_of
-from gircse.evaluate.labels import read_labels_once
 from gircse.evaluate.perturb import DESCRIPTIONS, perturb
 from gircse.evaluate.results import unpack_items
 from gircse.evaluate.statistics import DRAWS, Items, interval
@@ -238,7 +238,7 @@ def _score(
     if retrieval:
         task.task_specific_scores = partial(_keep_queries, per_query, type(task).task_specific_scores, task)
     if isinstance(task, AbsTaskClassification):
-        read_labels_once(task)
+        spare_work(task)
     started = time.perf_counter()
     try:
         with threadpool_limits(1, user_api="blas"):  # of SciPy, for small problems: threads that wait cost more
