@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-FEWEST_ROWS, MOST_ROWS = 4, 512
-"""Rows of a product that packed weights make faster; above and below they gain nothing."""
+FEWEST_ROWS, MOST_ROWS = 4, 256
+"""Rows of a product that packed weights make faster (benchmarks/packed_products.py); beyond they gain nothing."""
 
 SHARE_OF_MEMORY = 0.25
 """Of the memory that is free, how much packed copies may take before weights are left as they are."""

@@ -26,7 +26,7 @@ def test_scores_are_those_of_mteb(pairs: list[tuple[int, int]], words: bool) -> 
     if len(set(true)) == 2:
         names = sorted(set(true))  # and 0 and 1 only
         true, predicted = [names.index(i) for i in true], [int(i == names[1]) for i in predicted]
-    expected = AbsTaskClassification._calculate_scores(cast(Any, None), true, np.asarray(predicted))
+    expected = AbsTaskClassification._calculate_scores(cast(Any, None), cast(Any, true), np.asarray(predicted))
     found = classification_scores(true, np.asarray(predicted))
     assert set(found) == set(expected)
     for name, value in cast(dict[str, Any], expected).items():

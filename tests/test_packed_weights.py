@@ -27,7 +27,7 @@ def test_products_are_those_of_the_plain_layer(wide: int, narrow: int) -> None:
     torch.manual_seed(0)
     layer, weights = nn.Linear(wide, narrow, bias=narrow != 576), PackedWeights()
     with torch.no_grad():
-        for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 512, 513):
+        for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 256, 257):
             x = torch.randn(rows, wide)
             with weights.products(CPU):
                 found = layer(x)
@@ -39,13 +39,13 @@ def test_products_are_those_of_the_plain_layer(wide: int, narrow: int) -> None:
 def test_the_product_for_a_gradient(out: int, width: int) -> None:
     torch.manual_seed(0)
     weight, weights = nn.Parameter(torch.randn(out, width)), PackedWeights()
-    for rows in (4, 7, 32, 130, 512):
+    for rows in (4, 7, 32, 130, MOST_ROWS):
         grad = torch.randn(rows, out)
         with torch.no_grad():
             found = weights.product(grad, weight, transposed=True)
         assert found is not None
         torch.testing.assert_close(found, grad @ weight.detach(), rtol=1e-4, atol=1e-3)
-    assert weights.product(torch.randn(513, out), weight, transposed=True) is None
+    assert weights.product(torch.randn(MOST_ROWS + 1, out), weight, transposed=True) is None
     assert len(weights) == 1
 
 

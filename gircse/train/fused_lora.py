@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import Linear
@@ -92,11 +92,11 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
     """
     packed = PackedWeights() if packed is None else packed
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and _is_plain(layer)]
-    heads = [layer for name, layer in model.named_modules() if _is_frozen_head(name, layer)]
+    heads = [layer for name, layer in model.named_modules() if _is_frozen_head(layer, name)]
     for layer in layers:
         layer.forward = partial(_forward, layer, layer.forward, packed)  # type: ignore[method-assign]
     for head in heads:
-        head.forward = partial(_frozen_forward, head, packed)
+        head.forward = partial(_frozen_forward, head, packed)  # type: ignore[method-assign]
     try:
         yield len(layers)
     finally:
@@ -120,7 +120,7 @@ def _is_plain(layer: Linear) -> bool:
     )
 
 
-def _is_frozen_head(name: str, layer: nn.Module) -> bool:
+def _is_frozen_head(layer: nn.Module, name: str) -> TypeGuard[nn.Linear]:
     """A linear layer of its own, not under an adapter."""
     plain = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
     return plain and not name.endswith(".base_layer")
