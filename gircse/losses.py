@@ -21,6 +21,12 @@ from gircse.errors import UsageError
 StepWeights = Literal["uniform", "linear"]
 """How the losses of the steps are averaged: all alike (the paper), or L_k in proportion to k."""
 
+TeacherPairs = Literal["anchors", "all"]
+"""What a teacher ranks: the candidates for each anchor, or also the texts of all other rows for each text."""
+
+_NEVER = -1e4
+"""A log probability that counts as 0 and, other than −∞, has differences."""
+
 
 class ICRLoss(nn.Module):
     """A contrastive loss at every refinement step, plus a penalty where a step makes it worse.
@@ -51,6 +57,9 @@ class ICRLoss(nn.Module):
             ``L_k = (1 − w) InfoNCE_k + w KL(teacher ‖ z_k)``, both over the candidates of the batch. The teacher's
             softmax knows no masks: it says itself which other candidates are as good.
         teacher_temperature: Of the teacher's cosine similarities.
+        teacher_pairs: One of `TeacherPairs`. With ``all`` the divergence is the mean of two: of the candidates for each
+            anchor, where a row's own positive outshines the rest, and of the texts of all other rows for each text,
+            passages too, which tells how near texts are that are no pair.
 
     References:
         - Let LLMs Speak Embedding Languages: https://arxiv.org/abs/2509.24291
@@ -103,12 +112,15 @@ class ICRLoss(nn.Module):
         gather_across_devices: bool = False,
         teacher_weight: float = 0.5,
         teacher_temperature: float = 0.05,
+        teacher_pairs: str = "anchors",
     ) -> None:
         super().__init__()
         if min(temperature, teacher_temperature) <= 0:
             raise UsageError(f"the loss temperature must be above 0, not {min(temperature, teacher_temperature)}")
         if not 0 <= teacher_weight <= 1:
             raise UsageError(f"teacher_weight must be between 0 and 1, not {teacher_weight}")
+        if teacher_pairs not in get_args(TeacherPairs):
+            raise UsageError(f"teacher_pairs must be one of {', '.join(get_args(TeacherPairs))}, not {teacher_pairs!r}")
         if refinement_weight < 0:
             raise UsageError(f"refinement_weight must be 0 or more, not {refinement_weight}")
         if step_weights not in get_args(StepWeights):
@@ -127,6 +139,7 @@ class ICRLoss(nn.Module):
         self.gather_across_devices = gather_across_devices
         self.teacher_weight = teacher_weight
         self.teacher_temperature = teacher_temperature
+        self.teacher_pairs = teacher_pairs
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
 
@@ -147,22 +160,28 @@ class ICRLoss(nn.Module):
         embeddings = self.model(join_columns(columns))["step_embeddings"]  # (B · columns, K, d)
         return self.contrast(embeddings, allowed, self.teacher_scores(labels))
 
-    def contrast(self, embeddings: Tensor, allowed: Tensor, teacher: Tensor | None = None) -> Tensor:
+    def contrast(self, embeddings: Tensor, allowed: Tensor, teacher: list[Tensor] | None = None) -> Tensor:
         """The loss of embeddings.
 
         Args:
             embeddings: (B · columns, K, d): anchors, positives, then each column of negatives.
             allowed: (B, C) bool as `allowed_candidates` gives it.
-            teacher: (B, C) as `teacher_scores` gives it.
+            teacher: As `teacher_scores` gives it.
 
         Returns:
             A scalar.
         """
         size = len(allowed)
-        anchors, candidates = embeddings[:size], list(embeddings[size:].split(size))
+        columns = list(embeddings.split(size))
         if self.gather_across_devices:
-            candidates = [_gather(column) for column in candidates]
-        losses = self.step_losses(anchors, torch.cat(candidates), allowed.to(embeddings.device), teacher)
+            first = [_gather(columns[0])] if teacher is not None and len(teacher) > 1 else columns[:1]
+            columns = first + [_gather(column) for column in columns[1:]]
+        anchors, candidates = embeddings[:size], torch.cat(columns[1:])
+        losses = self.step_losses(anchors, candidates, allowed.to(embeddings.device))
+        if teacher is not None:
+            taught = [(anchors, candidates), (embeddings, torch.cat(columns))][: len(teacher)]
+            divergences = [self.teacher_divergences(*texts, told) for texts, told in zip(taught, teacher, strict=True)]
+            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * torch.stack(divergences).mean(dim=0)
         if self.gather_across_devices:
             losses = _gather(losses.unsqueeze(0)).mean(dim=0)
         self.last_step_losses = losses.detach().tolist()
@@ -172,16 +191,13 @@ class ICRLoss(nn.Module):
             losses, self.refinement_weight, step_weights=self.step_weights, detach_reference=self.detach_reference
         )
 
-    def step_losses(
-        self, anchors: Tensor, candidates: Tensor, allowed: Tensor, teacher: Tensor | None = None
-    ) -> Tensor:
-        """L_1..L_K.
+    def step_losses(self, anchors: Tensor, candidates: Tensor, allowed: Tensor) -> Tensor:
+        """InfoNCE after every step.
 
         Args:
             anchors: (B, K, d).
             candidates: (C, K, d); those of this process's rows stand where `allowed_candidates` puts them.
             allowed: (B, C) bool: which candidates stand in a row's softmax.
-            teacher: (B, C) log probabilities of the candidates by a teacher, or None.
 
         Returns:
             (K,).
@@ -199,12 +215,27 @@ class ICRLoss(nn.Module):
             scores = _cosines(anchors[..., :width], candidates[..., :width]) / self.temperature  # (K, B, C)
             log_probabilities = scores.masked_fill(~allowed, float("-inf")).log_softmax(dim=-1)
             rows = torch.arange(len(anchors), device=anchors.device)
-            loss = -log_probabilities[:, rows, targets].mean(dim=1)  # (K,)
-            if teacher is not None:
-                told = teacher.to(scores.device).expand_as(scores)
-                divergence = F.kl_div(scores.log_softmax(dim=-1), told, reduction="none", log_target=True)
-                loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence.sum(dim=-1).mean(dim=1)
-            losses.append(loss)
+            losses.append(-log_probabilities[:, rows, targets].mean(dim=1))  # (K,)
+        return torch.stack(losses).mean(dim=0)
+
+    def teacher_divergences(self, texts: Tensor, others: Tensor, teacher: Tensor) -> Tensor:
+        """KL(teacher ‖ z_k) after every step, a mean over texts.
+
+        Args:
+            texts: (T, K, d), those whose neighbours the teacher ranks.
+            others: (C, K, d), among which.
+            teacher: (T, C) as `teacher_scores` gives them.
+
+        Returns:
+            (K,).
+        """
+        teacher = teacher.to(texts.device)
+        losses = []
+        for width in self.matryoshka_dims or (texts.shape[-1],):
+            scores = _cosines(texts[..., :width], others[..., :width]) / self.temperature  # (K, T, C)
+            scores = scores.masked_fill(teacher == _NEVER, _NEVER).log_softmax(dim=-1)
+            told = teacher.expand_as(scores)
+            losses.append(F.kl_div(scores, told, reduction="none", log_target=True).sum(dim=-1).mean(dim=1))
         return torch.stack(losses).mean(dim=0)
 
     @torch.no_grad()
@@ -243,21 +274,35 @@ class ICRLoss(nn.Module):
         return allowed
 
     @torch.no_grad()
-    def teacher_scores(self, labels: Tensor | None) -> Tensor | None:
-        """Log probabilities of every candidate by the teacher's similarity to the anchor.
+    def teacher_scores(self, labels: Tensor | None) -> list[Tensor] | None:
+        """Log probabilities of texts by the teacher's similarity to a text.
 
         Args:
             labels: As in `forward`; anything but (B, columns, width) embeddings holds no teacher.
 
         Returns:
-            (B, C), candidates ordered as in `allowed_candidates`, or None.
+            None, or for each anchor, (B, C), those of the candidates as in `allowed_candidates`; and, where
+            ``teacher_pairs`` is ``all``, for each text by column, (B · columns, N), those of the N texts of all
+            processes, the text's own row aside.
         """
         if labels is None or labels.dim() != 3 or not self.teacher_weight:
             return None
         gather = all_gather if self.gather_across_devices else (lambda tensor: tensor)
-        candidates = torch.cat([gather(column.contiguous()) for column in labels.unbind(dim=1)[1:]])
-        cosines = _cosines(labels[:, :1], candidates.unsqueeze(1))[0]  # (B, C)
-        return (cosines / self.teacher_temperature).log_softmax(dim=-1)
+        columns = labels.unbind(dim=1)
+        gathered = [gather(column.contiguous()) for column in columns]
+        told = [self._teacher_similarities(columns[0], torch.cat(gathered[1:])).log_softmax(dim=-1)]
+        if self.teacher_pairs == "all":
+            similarities = self._teacher_similarities(torch.cat(columns), torch.cat(gathered))
+            rows = torch.arange(len(columns[0]), device=labels.device).repeat(len(columns)) + self._first_row(
+                len(labels)
+            )
+            others = torch.arange(len(gathered[0]), device=labels.device).repeat(len(columns))
+            own = rows.unsqueeze(1) == others
+            told.append(similarities.masked_fill(own, _NEVER).log_softmax(dim=-1).masked_fill(own, _NEVER))
+        return told
+
+    def _teacher_similarities(self, texts: Tensor, others: Tensor) -> Tensor:
+        return _cosines(texts.unsqueeze(1), others.unsqueeze(1))[0] / self.teacher_temperature  # (T, C)
 
     def _first_row(self, size: int) -> int:
         """Where this process's rows begin among the gathered ones."""
@@ -277,6 +322,7 @@ class ICRLoss(nn.Module):
             "gather_across_devices": self.gather_across_devices,
             "teacher_weight": self.teacher_weight,
             "teacher_temperature": self.teacher_temperature,
+            "teacher_pairs": self.teacher_pairs,
         }
 
     @property
@@ -320,7 +366,7 @@ class CachedICRLoss(CachedLossMixin, ICRLoss):
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
         self._allowed: Tensor | None = None
-        self._teacher: Tensor | None = None
+        self._teacher: list[Tensor] | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch; its ``backward`` embeds the micro-batches again. Arguments as in `ICRLoss.forward`."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from gircse.losses import CachedICRLoss, ICRLoss
+from gircse.losses import CachedICRLoss, ICRLoss, TeacherPairs
 from gircse.model import GIRCSE
 
 TEXTS = [
@@ -23,24 +23,27 @@ def main(backbone: str, folder: Path, rank: int) -> None:
     """Write the averaged gradients of both halves, and from process 0 those of the whole batch."""
     model = GIRCSE.from_backbone(backbone, num_steps=3, full_finetune=True, device="cpu").train()
 
-    def gradients(texts: list[list[str]], kind: str, gather: bool) -> dict[str, torch.Tensor]:
+    def gradients(rows: slice, kind: str, pairs: str, gather: bool) -> dict[str, torch.Tensor]:
         options: dict[str, Any] = {"temperature": 0.5, "gather_across_devices": gather, "false_negative_margin": 0.3}
+        options |= {"teacher_pairs": pairs, "teacher_weight": 0.6}
         cached = kind == "cached"
         loss = CachedICRLoss(model, mini_batch_size=3, **options) if cached else ICRLoss(model, **options)
         model.zero_grad()
-        loss([model.preprocess(column) for column in texts]).backward()
+        loss([model.preprocess(column[rows]) for column in TEXTS], labels[rows]).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
+    labels = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
     if rank == 0:
-        torch.save(gradients(TEXTS, "plain", gather=False), folder / "alone.pt")
+        for pairs in get_args(TeacherPairs):
+            torch.save(gradients(slice(None), "plain", pairs, gather=False), folder / f"alone-{pairs}.pt")
     dist.init_process_group("gloo")
-    for kind in ("plain", "cached"):
-        shared = gradients([column[2 * rank : 2 * rank + 2] for column in TEXTS], kind, gather=True)
+    for kind, pairs in (("plain", "anchors"), ("plain", "all"), ("cached", "all")):
+        shared = gradients(slice(2 * rank, 2 * rank + 2), kind, pairs, gather=True)
         for gradient in shared.values():
             dist.all_reduce(gradient)
             gradient /= 2
         if rank == 0:
-            torch.save(shared, folder / f"{kind}.pt")
+            torch.save(shared, folder / f"{kind}-{pairs}.pt")
     dist.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from gircse.errors import UsageError
-from gircse.losses import CachedICRLoss, ICRLoss, combine_steps, join_columns
+from gircse.losses import CachedICRLoss, ICRLoss, TeacherPairs, combine_steps, join_columns
 from gircse.model import GIRCSE
 
 ANCHORS = ["who wrote it", "what is a cat", "where is rome"]
@@ -212,48 +212,57 @@ def test_the_loss_honours_both(model: GIRCSE, options: dict[str, Any]) -> None:
 
 
 def teacher_by_hand(
-    model: GIRCSE, texts: list[list[str]], labels: torch.Tensor, tau: float, warmth: float
+    model: GIRCSE, texts: list[list[str]], labels: torch.Tensor, tau: float, warmth: float, pairs: str
 ) -> list[float]:
-    """KL(teacher ‖ student) at every step over all candidates, in plain loops."""
-    steps = [torch.tensor(model.encode_steps(column)) for column in texts]
-    candidates, told = torch.cat(steps[1:]), torch.cat([labels[:, column] for column in range(1, len(texts))])
+    """KL(teacher ‖ student) at every step, in plain loops."""
+    steps = torch.cat([torch.tensor(model.encode_steps(column)) for column in texts])
+    taught = torch.cat(labels.unbind(dim=1))
+    size = len(texts[0])
 
     def log_softmax(scores: list[float]) -> list[float]:
         total = math.log(sum(map(math.exp, scores)))
         return [score - total for score in scores]
 
+    def divergence(k: int, text: int, others: list[int]) -> float:
+        student = [float(F.cosine_similarity(steps[text, k], steps[other, k], dim=0)) / tau for other in others]
+        teacher = [float(F.cosine_similarity(taught[text], taught[other], dim=0)) / warmth for other in others]
+        return sum(math.exp(p) * (p - q) for p, q in zip(log_softmax(teacher), log_softmax(student), strict=True))
+
+    every = range(len(steps))
     divergences = []
-    for k in range(steps[0].shape[1]):
-        total = 0.0
-        for row in range(len(texts[0])):
-            student = [float(F.cosine_similarity(steps[0][row, k], other[k], dim=0)) / tau for other in candidates]
-            teacher = [float(F.cosine_similarity(labels[row, 0], other, dim=0)) / warmth for other in told]
-            pairs = zip(log_softmax(teacher), log_softmax(student), strict=True)
-            total += sum(math.exp(p) * (p - q) for p, q in pairs)
-        divergences.append(total / len(texts[0]))
+    for k in range(steps.shape[1]):
+        found = [divergence(k, text, list(every[size:])) for text in range(size)]
+        mean = sum(found) / size
+        if pairs == "all":
+            found = [divergence(k, text, [j for j in every if j % size != text % size]) for text in every]
+            mean = (mean + sum(found) / len(every)) / 2
+        divergences.append(mean)
     return divergences
 
 
+@pytest.mark.parametrize("pairs", get_args(TeacherPairs))
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_teacher_has_its_share_of_every_step(model: GIRCSE, share: float) -> None:
+def test_a_teacher_has_its_share_of_every_step(model: GIRCSE, share: float, pairs: str) -> None:
     texts = [ANCHORS, POSITIVES, NEGATIVES]
     labels = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
     keep = [[row, *(j for j in range(6) if j != row)] for row in range(3)]
     _, contrasts = by_hand(model, texts, 0.5, 0.0, keep)
-    divergences = teacher_by_hand(model, texts, labels, 0.5, 0.2)
+    divergences = teacher_by_hand(model, texts, labels, 0.5, 0.2, pairs)
     expected = [(1 - share) * a + share * b for a, b in zip(contrasts, divergences, strict=True)]
-    loss = ICRLoss(model, 0.5, teacher_weight=share, teacher_temperature=0.2)
+    loss = ICRLoss(model, 0.5, teacher_weight=share, teacher_temperature=0.2, teacher_pairs=pairs)
     with torch.no_grad():
         total = float(loss(columns(model, *texts), labels))
     assert loss.last_step_losses == pytest.approx(expected, rel=1e-4)
     assert total == pytest.approx(float(combine_steps(torch.tensor(expected), 1.0)), rel=1e-4)
 
 
-def test_cached_gradients_equal_plain_ones_with_a_teacher(model: GIRCSE) -> None:
+@pytest.mark.parametrize("pairs", get_args(TeacherPairs))
+def test_cached_gradients_equal_plain_ones_with_a_teacher(model: GIRCSE, pairs: str) -> None:
     model.encoder.backbone.requires_grad_(True)
     batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
     labels = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"temperature": 0.5, "teacher_weight": 0.6, "teacher_temperature": 0.2}
+    options["teacher_pairs"] = pairs
     found = []
     for loss in (ICRLoss(model, **options), CachedICRLoss(model, mini_batch_size=4, **options)):
         model.zero_grad()
@@ -317,9 +326,9 @@ def test_two_processes_give_the_gradients_of_one(backbone: Path, tmp_path: Path)
         for rank in (0, 1)
     ]
     assert [process.wait(timeout=240) for process in running] == [0, 0]
-    expected = torch.load(tmp_path / "alone.pt")
-    for kind in ("plain", "cached"):
-        found = torch.load(tmp_path / f"{kind}.pt")
+    for kind, pairs in (("plain", "anchors"), ("plain", "all"), ("cached", "all")):
+        expected = torch.load(tmp_path / f"alone-{pairs}.pt")
+        found = torch.load(tmp_path / f"{kind}-{pairs}.pt")
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert float((found[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-7, (kind, name)

@@ -46,7 +46,10 @@ def folder(tmp_path: Path) -> Path:
         ),
         ({"loss": {"step_weights": "linear", "stepwise": False}}, "loss: step_weights weighs the losses of all steps"),
         ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
-        ({"loss": {"teacher_weight": 0.9}}, "loss: teacher_weight and teacher_temperature need a teacher"),
+        (
+            {"loss": {"teacher_pairs": "all"}},
+            "loss: teacher_weight, teacher_temperature and teacher_pairs need a teacher",
+        ),
         (
             {"model": {"num_steps": 0}, "training": {"random_steps": [1, 3], "batch_size": 4}},
             "training.random_steps draws how many soft tokens",
@@ -311,6 +314,20 @@ def test_a_teacher_has_a_say_in_the_sources_that_let_it(folder: Path, backbone: 
         assert label == pytest.approx(expected.tolist(), rel=1e-5), "the teacher reads no instructions"
     changed = [a != pytest.approx(b, rel=1e-3) for a, b in zip(alone, losses("taught"), strict=True)]
     assert sorted(changed) == [False] * 2 + [True] * 4, "two batches of b, four of a"
+
+
+def test_a_teacher_reads_the_anchor_for_its_translation(folder: Path, backbone: Path, teacher: Path) -> None:
+    content = values(folder, backbone)
+    content["loss"] = {"teacher": str(teacher)}
+    content["data"]["sources"] = [{**content["data"]["sources"][0], "negatives": 0, "teacher": "anchor"}]
+    rows = load_training_data(load_recipe(write(folder, content)), load_teacher(str(teacher)))["rows/a"]
+    labels = np.array(rows[:]["label"])
+    assert labels.shape == (16, 2, 7)
+    assert (labels[:, 0] == labels[:, 1]).all()
+    assert len(np.unique(labels[:, 0], axis=0)) > 1
+    content["data"]["sources"][0]["negatives"] = 1
+    with pytest.raises(GircseError, match="teacher: anchor is for pairs of translations"):
+        load_recipe(write(folder, content))
 
 
 def test_training_goes_on_from_a_saved_adapter(folder: Path, backbone: Path) -> None:

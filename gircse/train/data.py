@@ -122,7 +122,7 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         texts = [_texts(row, source, rows, generator) for row in drawn]
         rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
         if teacher is not None and source.teacher:
-            vectors = teacher([text for own in texts for text in own])
+            vectors = teacher([text for own in texts for text in (own[:1] * 2 if source.teacher == "anchor" else own)])
             labels = vectors.astype(np.float32).reshape(count, len(texts[0]), -1)  # (rows, columns, width)
             rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
         result[source.name] = rows

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from gircse.encoder import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
-from gircse.losses import StepWeights
+from gircse.losses import StepWeights, TeacherPairs
 from gircse.refiner import Attention, Pooling
 
 try:
@@ -67,12 +67,17 @@ class LossSection(_Section):
     )
     teacher_weight: float = Field(default=0.5, gt=0, le=1, description="the teacher's share of the loss")
     teacher_temperature: float = Field(default=0.05, gt=0)
+    teacher_pairs: TeacherPairs = Field(
+        default="anchors",
+        description="all: the teacher also ranks all other rows' texts for every text",
+    )
 
     @model_validator(mode="after")
     def _someone_to_weigh(self) -> LossSection:
-        settings = {name: type(self).model_fields[name].default for name in ("teacher_weight", "teacher_temperature")}
+        names = ("teacher_weight", "teacher_temperature", "teacher_pairs")
+        settings = {name: type(self).model_fields[name].default for name in names}
         if self.teacher is None and any(getattr(self, name) != default for name, default in settings.items()):
-            raise ValueError("teacher_weight and teacher_temperature need a teacher")
+            raise ValueError("teacher_weight, teacher_temperature and teacher_pairs need a teacher")
         return self
 
     @model_validator(mode="after")
@@ -98,7 +103,8 @@ class Source(_Section):
         in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
         negatives: Hard negatives a row; rows with fewer are left out.
         teacher: Whether the recipe's teacher has a say. False where the instruction asks for another likeness than
-            the teacher's, which reads no instructions.
+            the teacher's, which reads no instructions. ``anchor`` where the positive is a translation into a language
+            that the teacher does not know: it then reads the anchor in its place (arXiv 2004.09813).
         instruction: Instead of the rows' own.
         facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
             prose), all rows' queries being in one form and all positives in the other. ``content``: a text's
@@ -114,7 +120,7 @@ class Source(_Section):
     symmetric: bool = False
     in_batch_negatives: bool = True
     negatives: int = Field(default=0, ge=0)
-    teacher: bool = True
+    teacher: bool | Literal["anchor"] = True
     instruction: str | None = Field(default=None, min_length=1)
     facet: Literal["content", "form"] | None = None
 
@@ -131,6 +137,12 @@ class Source(_Section):
             raise ValueError("name the task of the file's rows")
         if self.hub is not None and self.examples is None:
             raise ValueError("a source on the hub is streamed: give its number of examples")
+        return self
+
+    @model_validator(mode="after")
+    def _a_translation_for_the_teacher(self) -> Source:
+        if self.teacher == "anchor" and (self.negatives or self.facet):
+            raise ValueError("teacher: anchor is for pairs of translations, without negatives or facet")
         return self
 
     @model_validator(mode="after")
