@@ -1,8 +1,17 @@
-"""What a device is fast at. Knows processors' capabilities as torch reports them; knows nothing of models."""
+"""What a device is fast at, and the memory that is left. Knows processors and containers; knows nothing of models."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import torch
+
+CONTAINER_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Files in which Linux tells what a container may take and has taken: control groups of version 2, then 1."""
 
 
 def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
@@ -31,3 +40,14 @@ def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
                 return torch.bfloat16, f"this processor has {name}"
         return torch.float32, "this processor has neither AMX nor AVX512-BF16"
     return torch.float32, f"nothing is known of {kind}"
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its container's where those are fewer."""
+    free = psutil.virtual_memory().available
+    for limit, taken in CONTAINER_MEMORY:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(taken).read_text()))
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+    return max(0, free)

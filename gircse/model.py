@@ -333,7 +333,8 @@ class GIRCSE(SentenceTransformer):
         steps = self.num_steps if num_steps is None else num_steps
         unique = {ids: index for index, ids in enumerate(dict.fromkeys(map(tuple, tokenized.ids)))}
         texts = list(unique)  # a text that occurs twice is embedded once
-        batches = plan_batches([len(ids) for ids in texts], steps, batch_tokens, max_batch)
+        lengths = [len(ids) for ids in texts]
+        batches = plan_batches(lengths, steps, batch_tokens, max_batch)
         if not texts:
             shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
             return torch.empty(0, *shape[feature], self.encoder.get_embedding_dimension())
@@ -347,27 +348,28 @@ class GIRCSE(SentenceTransformer):
                     out = self(features, num_steps=steps)[feature]
                     values = out.float().cpu().contiguous()  # a copy: a view would keep every step
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    batches[:0] = self._smaller_batches(batch, error)
+                    self._check_out_of_memory(len(batch), error)
+                    left = [index for group in (batch, *batches) for index in group]
+                    budget = len(batch) * (max(lengths[index] for index in batch) + steps) // 2
+                    planned = plan_batches([lengths[index] for index in left], steps, budget, max_batch)
+                    batches = [[left[place] for place in group] for group in planned]
                     continue
                 for index, row in zip(batch, values, strict=True):
                     rows[index] = row
                 bar.update(len(batch))
         return torch.stack([cast(Tensor, rows[unique[tuple(ids)]]) for ids in tokenized.ids])
 
-    def _smaller_batches(self, batch: list[int], error: Exception) -> list[list[int]]:
-        """The halves of a batch that did not fit into memory; warns once a model. Other errors are raised."""
-        if len(batch) == 1 or not is_out_of_memory(error):
+    def _check_out_of_memory(self, texts: int, error: Exception) -> None:
+        """Raise what a smaller batch would not mend; warn once a model of what it does."""
+        if texts == 1 or not is_out_of_memory(error):
             raise error
         if not getattr(self, "_told_of_memory", False):
             self._told_of_memory = True
             logger.warning(
-                "out of memory with %d texts in a batch: going on with half; a smaller batch_tokens avoids this",
-                len(batch),
+                "out of memory with %d texts in a batch: going on with half; a smaller batch_tokens avoids this", texts
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        return [batch[:middle], batch[middle:]]
 
     def get_model_kwargs(self) -> list[str]:
         """Arguments that `encode` takes besides those of every SentenceTransformer."""

@@ -7,23 +7,25 @@ which takes as much memory as the weights again. See docs/experiments.md for wha
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from gircse.hardware import free_memory
+
 FEWEST_ROWS, MOST_ROWS = 4, 256
 """Rows of a product that packed weights make faster (benchmarks/packed_products.py); beyond they gain nothing."""
 
 SHARE_OF_MEMORY = 0.25
-"""Of the memory that is free, how much packed copies may take before weights are left as they are."""
+"""Of the memory that is free when packing begins, how much all copies together may take."""
 
 _ROWS_PACKED_FOR = 64
 """What MKL is told that products will have; the result is right for all others too (tested)."""
@@ -37,20 +39,24 @@ class _Packed:
     version: int
     sample: Tensor
     packed: Tensor
+    nbytes: int
 
 
 class PackedWeights:
     """Packed copies of weights, made at their first product with few rows. A copy or pickle of this holds none.
 
+    How much memory the copies may take is decided once, at the first product: what is packed does not change with what
+    other programs do meanwhile.
+
     Attributes:
-        enabled: False packs nothing: where memory is shorter than time.
+        enabled: False packs nothing: where memory is shorter than time. It begins as False where the environment
+            variable ``GIRCSE_PACKED_WEIGHTS`` is 0.
     """
 
     def __init__(self) -> None:
-        self.enabled = True
+        self.enabled = os.environ.get("GIRCSE_PACKED_WEIGHTS") != "0"
         self._packed: dict[tuple[int, bool], _Packed] = {}
-        self._room = 0.0
-        self.refresh()
+        self._budget: float | None = None  # bytes
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -59,11 +65,15 @@ class PackedWeights:
         return _restored, (self.enabled,)
 
     def refresh(self) -> None:
-        """Drop the copies of weights that have changed, and see how much memory there is for new ones."""
+        """Drop the copies of weights that have changed, or all of them where packing has been switched off."""
         stale = [key for key, entry in self._packed.items() if not self.enabled or not _is_current(entry)]
         for key in stale:
             del self._packed[key]
-        self._room = SHARE_OF_MEMORY * psutil.virtual_memory().available
+
+    def _has_room(self, weight: Tensor) -> bool:
+        if self._budget is None:
+            self._budget = SHARE_OF_MEMORY * free_memory()
+        return weight.nbytes + sum(entry.nbytes for entry in self._packed.values()) <= self._budget
 
     def products(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which linear layers over float32 parameters on the CPU use packed copies.
@@ -108,13 +118,12 @@ class PackedWeights:
         entry = self._packed.get(key)
         if entry is not None and entry.weight() is weight:  # and no other that has come to its place in memory
             return entry.packed
-        if not self.enabled or weight.nbytes > self._room or not _can_pack(weight):
+        if not self.enabled or not _can_pack(weight) or not self._has_room(weight):
             return None
-        self._room -= weight.nbytes
         with torch.inference_mode():
             rows = weight.detach().t().contiguous() if transposed else weight.detach()
             packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
-        self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed)
+        self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed, weight.nbytes)
         return packed
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gircse import hardware
 from gircse.cli.common import load_model
 from gircse.errors import UsageError
-from gircse.hardware import fastest_dtype
+from gircse.hardware import fastest_dtype, free_memory
 
 
 @pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
@@ -39,3 +40,17 @@ def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:
 
 def test_an_unknown_device_gets_float32() -> None:
     assert fastest_dtype("mps")[0] == torch.float32
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "CONTAINER_MEMORY", ())
+    machine = free_memory()
+    assert machine > 0
+    limit, taken = tmp_path / "max", tmp_path / "current"
+    taken.write_text("1000\n")
+    monkeypatch.setattr(hardware, "CONTAINER_MEMORY", ((str(limit), str(taken)),))
+    for text, free in (("5000\n", 4000), ("500\n", 0)):
+        limit.write_text(text)
+        assert free_memory() == free
+    limit.write_text("max\n")
+    assert free_memory() == pytest.approx(machine, rel=0.5), "no limit"

@@ -249,16 +249,37 @@ def test_batches_keep_their_budget_and_lose_nothing(
     prompt=st.sampled_from(["", "Instruct: x\nQuery:", "Instruct: something long\nQuery:"]),
     num_steps=st.integers(0, 3),
     budget=st.integers(1, 300),
+    most=st.sampled_from([1, 3, 32]),
+    prompt_pass=st.sampled_from([16, 64, 1024]),
+    switches=st.tuples(st.booleans(), st.booleans()),
+    pooling=st.sampled_from(["mean", "last", "mean_with_prompt"]),
     data=st.data(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_batching_gives_the_same_vectors(
-    texts: list[str], prompt: str, num_steps: int, budget: int, data: st.DataObject
+    texts: list[str],
+    prompt: str,
+    num_steps: int,
+    budget: int,
+    most: int,
+    prompt_pass: int,
+    switches: tuple[bool, bool],
+    pooling: str,
+    data: st.DataObject,
 ) -> None:
+    """Whatever is folded, packed, grouped or batched together."""
     model = _shared_model()
+    encoder = model.encoder
+    encoder.configure(pooling=pooling)
     order = data.draw(st.permutations(range(len(texts))))
+    encoder.fold_adapter = encoder.packed_weights.enabled = False
     expected = np.stack([model.encode(text, prompt=prompt, num_steps=num_steps) for text in texts])
-    got = model.encode([texts[i] for i in order], prompt=prompt, num_steps=num_steps, batch_tokens=budget)
+    encoder.fold_adapter, encoder.packed_weights.enabled = switches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gircse.encoder.PROMPT_PASS_TOKENS", prompt_pass)
+        got = model.encode(
+            [texts[i] for i in order], prompt=prompt, num_steps=num_steps, batch_tokens=budget, batch_size=most
+        )
     assert cosines(expected[list(order)], got).min() >= 0.99999
 
 
@@ -270,9 +291,10 @@ def _shared_model() -> GIRCSE:
     if not _MODELS:
         from tempfile import mkdtemp
 
-        _MODELS.append(
-            GIRCSE.from_backbone(str(tiny_backbone(Path(mkdtemp()))), num_steps=3, max_seq_length=48, device="cpu")
-        )
+        torch.manual_seed(0)
+        backbone = str(tiny_backbone(Path(mkdtemp())))
+        _MODELS.append(GIRCSE.from_backbone(backbone, num_steps=3, max_seq_length=48, lora=lora(), device="cpu"))
+        _MODELS[0].encoder.backbone.requires_grad_(False)  # so that the adapter can be folded into the weights
     return _MODELS[0]
 
 
@@ -311,6 +333,19 @@ def test_out_of_memory_halves_the_batch(
     assert [record.message for record in caplog.records if "out of memory" in record.message] == [
         "out of memory with 13 texts in a batch: going on with half; a smaller batch_tokens avoids this"
     ]
+
+    failed: list[int] = []
+
+    def counting(self: object, features: dict, **kwargs: object) -> dict:
+        if len(features["input_ids"]) > 3:
+            failed.append(len(features["input_ids"]))
+        return small_machine(self, features, **kwargs)
+
+    monkeypatch.setattr(type(model.encoder), "forward", counting)
+    many = [f"text number {i}" for i in range(40)]
+    cosine = cosines(model.encode(many, batch_size=10), np.stack([model.encode(text) for text in many]))
+    assert cosine.min() >= 0.99999
+    assert failed == [10, 5], "the budget stays halved for the batches that follow"
 
     def broken(self: object, features: dict, **kwargs: object) -> dict:
         raise RuntimeError("something else")

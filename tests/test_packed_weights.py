@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +120,32 @@ def test_copies_and_pickles_hold_none(model: GIRCSE) -> None:
 
 
 def test_nothing_is_packed_where_memory_is_short(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_weights.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(packed_weights, "free_memory", lambda: 1000)
     model.encode(TEXTS)
     assert not len(model.encoder.packed_weights)
+
+
+def test_all_copies_together_keep_within_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often they are used, and whatever other programs free meanwhile."""
+    free = 10 * 64 * 64 * 4
+    monkeypatch.setattr(packed_weights, "free_memory", lambda: free)
+    layers, weights = [nn.Linear(64, 64) for _ in range(6)], PackedWeights()
+    for _ in range(4):
+        with torch.no_grad(), weights.products(CPU):
+            for layer in layers:
+                layer(torch.randn(9, 64))
+        free *= 10
+    assert len(weights) == 2, "a quarter of ten"
+    del layers[:]
+    weights.refresh()
+    assert not len(weights)
+
+
+def test_an_environment_variable_switches_packing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(8, 8)
+    for value, packed in (("1", 1), ("0", 0)):
+        monkeypatch.setenv("GIRCSE_PACKED_WEIGHTS", value)
+        weights = PackedWeights()
+        with torch.no_grad(), weights.products(CPU):
+            layer(torch.randn(9, 8))
+        assert len(weights) == packed

@@ -58,7 +58,8 @@ def _gircse(
 ) -> None:
     """Generative text embeddings: a decoder LLM writes soft tokens about a text, and their mean is its vector.
 
-    Results go to standard output, progress and messages to standard error. Exit codes: 0 done, 1 failed, 2 wrong call.
+    Results go to standard output, progress and messages to standard error. Exit codes: 0 done, 1 failed, 2 wrong call,
+    130 stopped by Ctrl-C.
 
     [bold]Start here[/bold]
 
@@ -73,9 +74,10 @@ def _gircse(
 
     [bold]Environment[/bold]
 
-      GIRCSE_HOME       cache of backbones (default ~/.cache/gircse)
+      GIRCSE_HOME       cache of backbones (default $XDG_CACHE_HOME/gircse or ~/.cache/gircse)
       GIRCSE_OFFLINE    1: never ask the network
       GIRCSE_DEBUG      1: show tracebacks, as --debug does
+      GIRCSE_PACKED_WEIGHTS  0: no packed copies of weights (CPU): slower soft tokens, less memory
       GIRCSE_API_KEY    key that gircse serve asks for
       GIRCSE_LLM_API_KEY  key of the endpoint that gircse ask --llm uses
     """
