@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from gircse import GIRCSE
 from gircse.adapter import adapter_off, lora_layers
@@ -107,3 +109,18 @@ def test_fused_layers_have_the_same_values_and_gradients(backbone: Path, options
     for name, gradient in gradients.items():
         assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
     assert not any("forward" in vars(layer) for layer in lora_layers(model.encoder.backbone)), "nothing is left behind"
+
+
+def test_a_shipped_adapter_is_half_the_size_and_the_same_model(adapted: GIRCSE, backbone: Path, tmp_path: Path) -> None:
+    ship = runpy.run_path("recipes/ship_model.py")["ship"]
+    adapted.save_pretrained(str(tmp_path / "trained"))
+    ship(tmp_path / "trained", tmp_path / "shipped")
+    name = "adapter_model.safetensors"
+    trained, shipped = (tmp_path / folder / name for folder in ("trained", "shipped"))
+    assert shipped.stat().st_size < 0.6 * trained.stat().st_size
+    found = torch.tensor(GIRCSE(str(tmp_path / "shipped"), device="cpu").encode(TEXTS))
+    torch.testing.assert_close(found, torch.tensor(adapted.encode(TEXTS)), rtol=1e-2, atol=1e-2)
+    weights = load_file(trained)
+    save_file({key: tensor * 1e9 for key, tensor in weights.items()}, trained)
+    with pytest.raises(ValueError, match="not finite in float16"):
+        ship(tmp_path / "trained", tmp_path / "again")
