@@ -4,11 +4,11 @@
     python benchmarks/train_step.py --tokens 32,128,512 --steps 3,5,10 --repeats 5
 
 A step is forward, loss and backward; LoRA on SmolLM2-135M, queries and passages of random tokens, all of one length.
-``ICR, peft's LoRA`` is ICR without the fused LoRA layers of training. ``recompute`` runs the whole sequence through the
-model again for every soft token, logits at all positions; ``dynamic cache`` is a plain loop over transformers' cache.
+``ICR with peft's LoRA`` is ICR without the fused LoRA layers of training. ``recompute`` runs the whole sequence through
+the model again for every soft token, logits at all positions; ``dynamic cache`` is a plain loop over transformers' cache.
 All are timed in turn within one process, and the medians compared. Peak memory is that of a fresh process each, beyond
-the loaded model. Prints a table, writes
-benchmarks/results/train_step.json.
+the loaded model; what dies there for want of memory is not timed. Prints a table, writes
+benchmarks/results/train_step.json after every size.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from gircse.refiner import pool_steps
 from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops
 
-VARIANTS = ("encoder-only", "ICR", "ICR, peft's LoRA", "dynamic cache", "recompute")
+VARIANTS = ("encoder-only", "ICR", "ICR with peft's LoRA", "dynamic cache", "recompute")
 Step = Callable[[], None]
 
 
-def load(backbone: str) -> GIRCSE:
+def load(backbone: str, dtype: str) -> GIRCSE:
     """LoRA as in the paper, ready for training."""
     torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    return GIRCSE.from_backbone(backbone, lora=lora, device="cpu", max_seq_length=1024).train()
+    model = GIRCSE.from_backbone(backbone, lora=lora, device="cpu", max_seq_length=1024)
+    return model.to(getattr(torch, dtype)).train()
 
 
 def make_batch(model: GIRCSE, rows: int, tokens: int) -> list[dict[str, Tensor]]:
@@ -78,7 +79,7 @@ def make_step(variant: str, model: GIRCSE, batch: list[dict[str, Tensor]], num_s
             with fused_lora(model, packed):
                 loss(batch).backward()
             return
-        if variant == "ICR, peft's LoRA":
+        if variant == "ICR with peft's LoRA":
             model.num_steps = num_steps
             loss(batch).backward()
             return
@@ -127,16 +128,28 @@ def time_steps(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one step, and how far it raised the peak."""
-    model = load(arguments.backbone)
+    model = load(arguments.backbone, arguments.dtype)
     batch = make_batch(model, arguments.rows, arguments.tokens[0])
     print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0])))
 
 
-def measure_peak(variant: str, rows: int, tokens: int, num_steps: int, backbone: str) -> float:
-    """MiB beyond the loaded model."""
-    command = [sys.executable, __file__, "--memory-of", variant, "--rows", str(rows), "--tokens", str(tokens)]
-    command += ["--steps", str(num_steps), "--backbone", backbone]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def measure_peak(variant: str, arguments: argparse.Namespace, tokens: int, num_steps: int) -> float | None:
+    """MiB beyond the loaded model; None where memory did not suffice."""
+    command = [sys.executable, __file__, "--memory-of", variant, "--rows", str(arguments.rows), "--tokens", str(tokens)]
+    command += ["--steps", str(num_steps), "--backbone", arguments.backbone, "--dtype", arguments.dtype]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode in (-9, 137) or "memory" in done.stderr:
+        return None
+    done.check_returncode()
+    return float(done.stdout.split()[-1])
+
+
+def variants(text: str) -> list[str]:
+    """``"encoder-only,ICR"`` as a list of `VARIANTS`; the first must be there, as others are compared with it."""
+    found = text.split(",")
+    if unknown := set(found) - set(VARIANTS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there is {', '.join(VARIANTS)}")
+    return list(dict.fromkeys([VARIANTS[0], *found]))
 
 
 def numbers(text: str) -> list[int]:
@@ -152,7 +165,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="queries, and as many passages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--variants", type=variants, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
@@ -160,38 +174,40 @@ def main() -> None:
     if arguments.memory_of:
         peak_of_one(arguments)
         return
-    model = load(arguments.backbone)
+    model = load(arguments.backbone, arguments.dtype)
     vocabulary = model.encoder.decoder.vocabulary.embedding.weight.numel()
     linears = [m for m in model.encoder.decoder.transformer.modules() if type(m) is torch.nn.Linear]
     layers = sum(m.weight.numel() for m in linears if 16 not in m.weight.shape)
     rate = matrix_rate()
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
+    settings = {"rows": 2 * arguments.rows, "repeats": arguments.repeats, "backbone": arguments.backbone}
+    settings["dtype"] = arguments.dtype
     table = Table("tokens", "K", "variant", "seconds", "to encoder-only", "to floor", "peak MiB")
     entries: list[dict[str, Any]] = []
     for tokens in arguments.tokens:
         batch = make_batch(model, arguments.rows, tokens)
         for num_steps in arguments.steps:
-            steps = {variant: make_step(variant, model, batch, num_steps) for variant in arguments.variants}
+            peaks: dict[str, float | None] = dict.fromkeys(arguments.variants)
+            if not arguments.no_memory:
+                peaks = {variant: measure_peak(variant, arguments, tokens, num_steps) for variant in peaks}
+            fitting = [name for name, peak in peaks.items() if peak is not None or arguments.no_memory]
+            steps = {variant: make_step(variant, model, batch, num_steps) for variant in fitting}
             seconds = time_steps(steps, arguments.repeats)
             for variant, value in seconds.items():
                 k = 0 if variant == "encoder-only" else num_steps
                 floor = 2 * arguments.rows * step_flops(tokens, k, layers, vocabulary, frozen=True) / rate
-                peak = None
-                if not arguments.no_memory:
-                    peak = measure_peak(variant, arguments.rows, tokens, num_steps, arguments.backbone)
+                peak = peaks[variant]
                 entry = {"tokens": tokens, "num_steps": num_steps, "variant": variant, "seconds": value}
                 entry |= {"to_encoder_only": value / seconds["encoder-only"], "floor_seconds": floor, "peak_mib": peak}
                 entries.append(entry)
                 shown = "" if peak is None else f"{peak:,.0f}"
                 cells = (f"{value:.2f}", f"{entry['to_encoder_only']:.2f}", f"{value / floor:.2f}", shown)
                 table.add_row(str(tokens), str(num_steps), variant, *cells)
+            arguments.output.parent.mkdir(exist_ok=True)
+            found = {"machine": machine, "settings": settings, "entries": entries}
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     Console().print(table)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
-    settings = {"rows": 2 * arguments.rows, "repeats": arguments.repeats, "backbone": arguments.backbone}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"machine": machine, "settings": settings, "entries": entries}, indent=1) + "\n"
-    )
 
 
 if __name__ == "__main__":
