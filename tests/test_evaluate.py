@@ -223,6 +223,16 @@ def test_wordings_and_noise_change_the_score(model: GIRCSE, data: Path, tmp_path
     assert len(results.plain) == 1
 
 
+@pytest.mark.parametrize("name", ["MyFacets", "MyTriplets"])
+def test_other_wordings_are_not_scored_where_every_facet_or_row_has_its_own(
+    model: GIRCSE, data: Path, tmp_path: Path, name: str
+) -> None:
+    wordings = {"*": ["Look at the numbers"]}
+    _, results = score(Counting(model, (1,)), data, tmp_path, name, paraphrases=wordings)
+    assert {result.task for result in results.all} <= {name, f"{name}.other-instruction"}
+    assert [result.facts["paraphrase"] for result in results.all] == [None] * len(results.all)
+
+
 def test_a_perturbation_of_another_seed_is_another_result(model: GIRCSE, data: Path, tmp_path: Path) -> None:
     def stages(seed: int) -> list[str]:
         source = Counting(model, (1,))

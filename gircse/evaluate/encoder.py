@@ -6,6 +6,9 @@ Knows models, prompts and mteb's encoder protocol; knows nothing of tasks' files
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,8 @@ from gircse.evaluate.tasks import PER_TEXT_INSTRUCTION
 from gircse.model import GIRCSE
 from gircse.other_models import MINILM, load_other_model, minilm_folder
 from gircse.refiner import pool_steps
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 256  # texts between two reports of progress; sorted by length, so padding stays small
 _DEFAULT = "default"
@@ -256,7 +261,9 @@ class StepEncoder(AbsEncoder):
 def model_meta(source: TextSource, step: int | None, settings: Mapping[str, Any]) -> ModelMeta:
     """What mteb files scores under: settings besides name and revision become the experiment's."""
     experiment = {"dtype": source.dtype, **({} if step is None else {"num_steps": step}), **settings}
+    model: GIRCSE | SentenceTransformer = getattr(source, "model")  # noqa: B009
     generative = isinstance(source, GenerativeSource)
+    longest = model.max_seq_length
     return ModelMeta.create_empty(
         overwrites={
             "name": source.name,
@@ -265,9 +272,18 @@ def model_meta(source: TextSource, step: int | None, settings: Mapping[str, Any]
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": generative,
             "framework": ["Sentence Transformers", "PyTorch"],
-            "n_parameters": sum(p.numel() for p in getattr(source, "model").parameters()),  # noqa: B009
+            "n_parameters": sum(p.numel() for p in model.parameters()),
+            "embed_dim": model.get_embedding_dimension(),
+            "max_tokens": longest if longest is not None and math.isfinite(longest) else None,  # JSON knows no infinity
+            "adapted_from": _backbone_name(source.model) if generative else None,
         }
     )
+
+
+def _backbone_name(model: GIRCSE) -> str:
+    """The backbone as others know it: of a folder only its name, as where it lay on this machine is of no use there."""
+    name = model.encoder.reference.name
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def load_source(
@@ -282,7 +298,8 @@ def load_source(
 
     Args:
         name: `MINILM`, a folder, a hub id; the model that ships with the package where not given.
-        steps: K of the wanted embeddings; the model's own K where not given. Other models than GIRCSE have none.
+        steps: K of the wanted embeddings; the model's own K where not given. A model whose own K is 0 is scored at
+            K = 0 alone, which a warning in the log says; other models than GIRCSE have no K.
         device: As SentenceTransformer takes it.
         dtype: Of the weights.
         batch_tokens: Padded tokens a batch.
@@ -297,10 +314,18 @@ def load_source(
     if name is None or _is_generative(name):
         generative = GIRCSE(name, device=device, dtype=weights)
         shown, revision = _identity(name, generative)
-        own = [generative.num_steps] if steps is None else steps
-        return GenerativeSource(generative, own, shown, revision, batch_tokens)
+        return GenerativeSource(generative, _scored_steps(generative, steps, shown), shown, revision, batch_tokens)
     model = load_other_model(name, device=device, dtype=weights)
     return PlainSource(model, *_identity(name, model))
+
+
+def _scored_steps(model: GIRCSE, asked: Sequence[int] | None, name: str) -> Sequence[int]:
+    """The steps that were asked for, where the model was made to take any."""
+    if asked is None or model.num_steps > 0:
+        return [model.num_steps] if asked is None else asked
+    if max(asked, default=0) > 0:
+        logger.warning("%s is an encoder-only model: scored at K=0, whatever other steps were asked for", name)
+    return [0]
 
 
 def _is_generative(name: str) -> bool:
@@ -323,7 +348,22 @@ def _identity(name: str | None, model: SentenceTransformer) -> tuple[str, str]:
         return f"gircse/{Path(pretrained_path()).name}", folder_revision(Path(pretrained_path()))
     if Path(name).is_dir():
         return f"local/{Path(name).resolve().name}", folder_revision(Path(name))
-    return name, str(getattr(model.model_card_data, "base_model_revision", None) or "main")
+    known = getattr(model.model_card_data, "base_model_revision", None)  # sentence-transformers asks the hub for it
+    return name, str(known or _cached_commit(name) or "main")
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit of a hub model that was loaded from the hub's cache: what its files' folder is called.
+
+    Not the configuration's: that of a GIRCSE model belongs to the backbone.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("modules.json", "config.json"):
+        path = try_to_load_from_cache(name, file, cache_dir=os.environ.get("SENTENCE_TRANSFORMERS_HOME"))
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
 
 
 def folder_revision(folder: Path) -> str:

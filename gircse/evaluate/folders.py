@@ -6,15 +6,17 @@ Knows files and rows; knows nothing of mteb or models. docs/evaluate.md describe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from gircse.errors import GircseError, InputDataError, UsageError
+from gircse.errors import InputDataError, UsageError
 
 Check = Callable[[Any], bool]
 Row = dict[str, Any]
@@ -32,10 +34,15 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
+def _is_number(value: Any) -> bool:
+    # Python's JSON reads NaN and Infinity, of which a comparison is false: one of them makes a correlation NaN.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 _CHECKS: dict[str, tuple[Check, str]] = {
     "text": (_is_text, "a text"),
     "filled": (_is_filled, "a text that is not empty"),
-    "number": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+    "number": (_is_number, "a number, and a finite one"),
     "label": (lambda value: isinstance(value, str | int) and not isinstance(value, bool), "a text or a whole number"),
     "binary": (lambda value: value in (0, 1), "0 or 1"),
     "texts": (_is_texts, "a list of at least one text"),
@@ -116,6 +123,14 @@ class FolderData:
     facets: dict[str, str] = field(default_factory=dict)
 
 
+class _Placed(NamedTuple):
+    """A row and where it stands."""
+
+    path: Path
+    line: int
+    row: Row
+
+
 def describe(folder: Path, known: Mapping[str, TaskDescription]) -> TaskDescription:
     """What a folder is: its task.yaml, else the table of known tasks.
 
@@ -128,31 +143,66 @@ def describe(folder: Path, known: Mapping[str, TaskDescription]) -> TaskDescript
             return known[folder.name]
         kinds = ", ".join(LAYOUTS)
         raise InputDataError(str(path), None, f"missing; write one with a line such as 'kind: STS' (one of {kinds})")
+    text = "".join(line for _, line in _lines(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(text) or {}
+        lines = _key_lines(text)
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
         problem = getattr(error, "problem", None) or "cannot be read"
         raise InputDataError(str(path), line or None, f"no valid YAML: {problem}") from error
-    return parse_description(values, str(path))
+    return parse_description(values, str(path), lines)
 
 
-def parse_description(values: Any, source: str) -> TaskDescription:
+def parse_description(values: Any, source: str, lines: Mapping[str, int] | None = None) -> TaskDescription:
     """A `TaskDescription` from what YAML holds.
+
+    Args:
+        values: What YAML holds.
+        source: The file, for errors.
+        lines: On which line of it each key stands.
 
     Raises:
         InputDataError: Unknown keys, an unknown kind, or a value of the wrong type.
     """
-    allowed = set(TaskDescription.__dataclass_fields__)
-    if not isinstance(values, dict) or set(values) - allowed:
-        unknown = ", ".join(sorted(set(values) - allowed)) if isinstance(values, dict) else repr(values)
-        raise InputDataError(source, None, f"unknown: {unknown}; allowed are {', '.join(sorted(allowed))}")
-    if values.get("kind") not in LAYOUTS:
-        raise InputDataError(source, None, f"kind is {values.get('kind')!r}; use one of {', '.join(LAYOUTS)}")
+    lines, allowed = lines or {}, set(TaskDescription.__dataclass_fields__)
+    unknown = sorted(str(key) for key in set(values) - allowed) if isinstance(values, dict) else [repr(values)]
+    if unknown:
+        problem = f"unknown: {', '.join(unknown)}; allowed are {', '.join(sorted(allowed))}"
+        raise InputDataError(source, lines.get(unknown[0]), problem)
+
+    def check(key: str, passes: Check, wanted: str) -> None:
+        if values.get(key) is not None and not passes(values[key]):
+            raise InputDataError(source, lines.get(key), f"{key} is {values[key]!r}; {wanted}")
+
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        raise InputDataError(source, lines.get("kind"), f"kind is {kind!r}; use one of {', '.join(LAYOUTS)}")
     for key in ("instruction", "folder", "main_score"):
-        if values.get(key) is not None and not _is_filled(values[key]):
-            raise InputDataError(source, None, f"{key} must be a text, not {values[key]!r}")
-    return TaskDescription(**{**values, "files": tuple(values.get("files", ("test.jsonl",)))})
+        check(key, _is_filled, "it must be a text")
+    check("files", _is_texts, "it must be a list of file names, such as [test.jsonl]")
+    check("language", _is_language, "write a code such as deu-Latn, or one for each subset: {de: deu-Latn}")
+    given = {key: value for key, value in values.items() if value is not None}
+    return TaskDescription(**{**given, "files": tuple(given.get("files", ("test.jsonl",)))})
+
+
+def _is_language(value: Any) -> bool:
+    codes = value.values() if isinstance(value, dict) and value else [value]
+    return all(_is_filled(code) for code in codes)
+
+
+def key_line(path: Path, key: str) -> int | None:
+    """The line of a YAML file on which one of its keys stands; None where it has no such file or key."""
+    if not path.is_file():
+        return None
+    return _key_lines(path.read_text(encoding="utf-8")).get(key)
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        return {}
+    return {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
 
 
 def subsets(folder: Path) -> list[str]:
@@ -183,17 +233,17 @@ def read_folder(folder: Path, description: TaskDescription) -> FolderData:
     if kind == "Retrieval" or (kind == "Reranking" and (folder / "corpus.jsonl").exists()):
         return FolderData(retrieval=_read_retrieval(folder))
     rows = [row for name in description.files for row in _read_rows(folder / name, fields["test.jsonl"])]
-    data = FolderData({"test": rows})
+    data = FolderData({"test": [row for _, _, row in rows]})
     if kind == "Classification":
-        data.splits["train"] = _read_rows(folder / "train.jsonl", fields["train.jsonl"])
-        _check_labels(folder, data.splits)
+        data.splits["train"] = [row for _, _, row in _read_rows(folder / "train.jsonl", fields["train.jsonl"])]
+        _check_labels(rows, data.splits["train"])
     if kind == "Facets":
         data.facets = _read_facets(folder, rows)
     return data
 
 
-def _read_rows(path: Path, fields: Mapping[str, str]) -> list[Row]:
-    rows = []
+def _read_rows(path: Path, fields: Mapping[str, str]) -> list[_Placed]:
+    rows: list[_Placed] = []
     for line, row in _json_lines(path):
         for name, check in fields.items():
             passes, wanted = _CHECKS[check]
@@ -201,14 +251,14 @@ def _read_rows(path: Path, fields: Mapping[str, str]) -> list[Row]:
                 raise InputDataError(str(path), line, f"no {name!r}; add it, it must be {wanted}")
             if not passes(row[name]):
                 raise InputDataError(str(path), line, f"{name!r} is {str(row[name])[:60]!r}; it must be {wanted}")
-        rows.append(row)
+        rows.append(_Placed(path, line, row))
     if not rows:
         raise InputDataError(str(path), None, "holds no rows; write one JSON object a line")
     return rows
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in enumerate(_lines(path), 1):
+    for line, text in _lines(path):
         if not text.strip():
             continue
         try:
@@ -220,76 +270,103 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         yield line, row
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, blank ones too."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        with path.open("rb") as file:  # decoded line by line, so that the wrong one can be named
+            for line, raw in enumerate(file, 1):
+                try:
+                    yield line, raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputDataError(str(path), line, f"not UTF-8 ({error.reason}); convert the file") from error
     except FileNotFoundError:
         raise InputDataError(str(path), None, "missing; docs/evaluate.md lists the files of each kind") from None
-    except UnicodeDecodeError as error:
-        raise InputDataError(str(path), None, f"not UTF-8 ({error.reason}); convert it") from error
 
 
-def _check_labels(folder: Path, splits: Mapping[str, list[Row]]) -> None:
-    learnt = {row["label"] for row in splits["train"]}
-    for line, row in enumerate(splits["test"], 1):
+def _check_labels(rows: Sequence[_Placed], train: Sequence[Row]) -> None:
+    learnt = {row["label"] for row in train}
+    for path, line, row in rows:
         if row["label"] not in learnt:
             problem = f"label {row['label']!r} has no example in train.jsonl; add one there"
-            raise InputDataError(str(folder / "test.jsonl"), line, problem)
+            raise InputDataError(str(path), line, problem)
 
 
-def _read_facets(folder: Path, rows: list[Row]) -> dict[str, str]:
-    path = folder / "instructions.json"
+def _read_facets(folder: Path, rows: Sequence[_Placed]) -> dict[str, str]:
+    path, first = folder / "instructions.json", rows[0].row["labels"]
     try:
-        instructions = json.loads("".join(_lines(path)))
+        instructions = json.loads("".join(text for _, text in _lines(path)))
     except json.JSONDecodeError as error:
         raise InputDataError(str(path), error.lineno, f"no valid JSON ({error.msg})") from error
-    facets = [facet for facet in rows[0]["labels"] if isinstance(instructions, dict) and facet in instructions]
+    facets = [facet for facet in first if isinstance(instructions, dict) and facet in instructions]
     if not facets or not all(_is_filled(instructions[facet]) for facet in facets):
-        wanted = ", ".join(rows[0]["labels"])
+        wanted = ", ".join(first)
         raise InputDataError(str(path), None, f"gives no instruction for the facets of test.jsonl ({wanted}); add them")
-    for line, row in enumerate(rows, 1):
+    passes, wanted = _CHECKS["label"]
+    for place, line, row in rows:
         for facet in facets:
             if facet not in row["labels"]:
-                raise InputDataError(str(folder / "test.jsonl"), line, f"no label for the facet {facet!r}; add it")
+                raise InputDataError(str(place), line, f"no label for the facet {facet!r}; add it")
+            if not passes(row["labels"][facet]):
+                problem = f"the label for the facet {facet!r} is {row['labels'][facet]!r}; it must be {wanted}"
+                raise InputDataError(str(place), line, problem)
     return {facet: instructions[facet] for facet in facets}
 
 
 def _read_retrieval(folder: Path) -> RetrievalData:
     layout = LAYOUTS["Retrieval"]
-    corpus = _read_rows(folder / "corpus.jsonl", layout["corpus.jsonl"])
-    corpus = [{"id": row["id"], "title": row.get("title") or "", "text": row["text"]} for row in corpus]
-    queries = _read_rows(folder / "queries.jsonl", layout["queries.jsonl"])
-    queries = [{"id": row["id"], "text": row["text"]} for row in queries]
-    documents, asked = {row["id"] for row in corpus}, {row["id"] for row in queries}
-    for name, rows, ids in (("corpus.jsonl", corpus, documents), ("queries.jsonl", queries, asked)):
-        if len(ids) < len(rows):
-            raise InputDataError(str(folder / name), None, f"{len(rows) - len(ids)} ids occur twice; make them unique")
+    placed = _read_rows(folder / "corpus.jsonl", layout["corpus.jsonl"])
+    documents = set(_once(placed, "id", "give every document an id of its own"))
+    for path, line, row in placed:
+        if not isinstance(row.get("title") or "", str):
+            raise InputDataError(str(path), line, f"'title' is {row['title']!r}; it must be a text")
+    corpus = [{"id": row["id"], "title": row.get("title") or "", "text": row["text"]} for _, _, row in placed]
+    asking = _read_rows(folder / "queries.jsonl", layout["queries.jsonl"])
+    asked = set(_once(asking, "id", "give every query an id of its own"))
+    queries = [{"id": row["id"], "text": row["text"]} for _, _, row in asking]
     relevant = _read_judgements(folder / "qrels.tsv", asked, documents)
-    candidates = None
     path = folder / "candidates.jsonl"
-    if path.exists():
-        candidates = {}
-        for line, row in enumerate(_read_rows(path, {"query": "filled", "candidates": "texts"}), 1):
-            if unknown := [d for d in row["candidates"] if d not in documents]:
-                raise InputDataError(str(path), line, f"candidate {unknown[0]!r} is not in corpus.jsonl")
-            candidates[row["query"]] = row["candidates"]
+    candidates = _read_candidates(path, asked, documents) if path.exists() else None
     return RetrievalData(corpus, queries, relevant, candidates)
+
+
+def _once(rows: Sequence[_Placed], key: str, mend: str) -> dict[str, int]:
+    """The lines on which the values of a field stand, each of them on one only."""
+    seen: dict[str, int] = {}
+    for path, line, row in rows:
+        if row[key] in seen:
+            raise InputDataError(str(path), line, f"{key} {row[key]!r} stands on line {seen[row[key]]} already; {mend}")
+        seen[row[key]] = line
+    return seen
+
+
+def _read_candidates(path: Path, queries: set[str], documents: set[str]) -> dict[str, list[str]]:
+    rows = _read_rows(path, {"query": "filled", "candidates": "texts"})
+    _once(rows, "query", "put its candidates together on one line")
+    for _, line, row in rows:
+        if row["query"] not in queries:
+            problem = f"query {row['query']!r} is not in queries.jsonl; add it there, or remove the line"
+            raise InputDataError(str(path), line, problem)
+        if unknown := [d for d in row["candidates"] if d not in documents]:
+            problem = f"candidate {unknown[0]!r} is not in corpus.jsonl; add it there, or remove it here"
+            raise InputDataError(str(path), line, problem)
+    return {row["query"]: row["candidates"] for _, _, row in rows}
 
 
 def _read_judgements(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
     relevant: dict[str, dict[str, int]] = {}
-    for line, text in enumerate(_lines(path), 1):
+    for line, text in _lines(path):
         parts = text.rstrip("\r\n").split("\t")
         if (line == 1 and parts[0] == "query-id") or not text.strip():
             continue
-        if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
+        if len(parts) != 3 or not re.fullmatch("-?[0-9]+", parts[2]):
             raise InputDataError(str(path), line, "must be query-id, corpus-id and a whole number, separated by tabs")
         if parts[0] not in queries:
-            raise InputDataError(str(path), line, f"query {parts[0]!r} is not in queries.jsonl")
+            problem = f"query {parts[0]!r} is not in queries.jsonl; add it there, or remove the line"
+            raise InputDataError(str(path), line, problem)
         if parts[1] not in documents:
-            raise InputDataError(str(path), line, f"document {parts[1]!r} is not in corpus.jsonl")
+            problem = f"document {parts[1]!r} is not in corpus.jsonl; add it there, or remove the line"
+            raise InputDataError(str(path), line, problem)
         relevant.setdefault(parts[0], {})[parts[1]] = int(parts[2])
     if not relevant:
-        raise GircseError(f"{path} judges no document; add lines 'query-id<TAB>corpus-id<TAB>1'")
+        raise InputDataError(str(path), None, "judges no document; add lines 'query-id<TAB>corpus-id<TAB>1'")
     return relevant

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from gircse.evaluate.plots import STYLE, draw_all
 from gircse.evaluate.results import CONTROL, Result, Results
-from gircse.evaluate.statistics import DRAWS, SEED
+from gircse.evaluate.statistics import DRAWS, SEED, Comparison, p_text
 
 
 def write_report(results: Results, output: Path) -> Path:
@@ -43,6 +43,8 @@ def write_report(results: Results, output: Path) -> Path:
             plots[name] = _inline(drawn.getvalue(), name)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["p_text"] = p_text
+    common = results.common_tasks(results.columns)
     html = page.get_template("report.html.j2").render(
         plots=plots,
         curves=[name for name in plots if name.startswith("steps_")],
@@ -50,11 +52,12 @@ def write_report(results: Results, output: Path) -> Path:
         headings=[(model, results.steps(model)) for model in results.models()],
         kinds=_score_table(results),
         means=_means(results),
-        common=results.common_tasks(results.columns),
+        common=common,
         comparisons=_comparisons(results),
-        costs=_costs(results),
+        costs=results.costs(),
         facets=_facets(results),
         wordings=_wordings(results),
+        wording_lists=_wording_lists(results),
         noise=_noise(results),
         soft_tokens=results.soft_tokens,
         settings=_settings(results),
@@ -93,53 +96,36 @@ def _score_table(results: Results) -> list[dict[str, Any]]:
 
 
 def _means(results: Results) -> list[dict[str, Any]]:
+    """The rows under the scores: means over tasks and over kinds of tasks, where there is more than one."""
     common = results.common_tasks(results.columns)
-    if len(common) < 2:
-        return []
-    means = [results.mean(column, common) for column in results.columns]
-    return [{"score": mean, "low_high": low_high} for mean, low_high in means]
+    rows = []
+    for over, mean, count in (
+        ("tasks that every column has", results.mean, len(common)),
+        ("kinds of these tasks", results.mean_of_kinds, len(results.kinds(common))),
+    ):
+        if count > 1:
+            means = [mean(column, common) for column in results.columns]
+            cells = [{"score": score, "low_high": low_high} for score, low_high in means]
+            rows.append({"label": f"mean of the {count} {over}", "cells": cells})
+    return rows
 
 
 def _comparisons(results: Results) -> list[dict[str, Any]]:
-    """The largest K of each model with steps against its smallest K and against every other model."""
+    """A table for each pair of columns worth one: a row a task, and the mean over them where there are several."""
     tables = []
-    models = results.models()
-    for model in models:
-        steps = results.steps(model)
-        if steps == [None]:
+    for first, second in results.compared():
+        overall = results.mean_comparison(first, second)
+        if overall is None:
             continue
-        column = f"{model} K={steps[-1]}"
-        others = [f"{model} K={steps[0]}"] if len(steps) > 1 else []
-        for other in models[models.index(model) + 1 :]:
-            last = results.steps(other)[-1]
-            others.append(other if last is None else f"{other} K={last}")
-        for other in others:
-            rows = []
-            for _, task in results.tasks:
-                found = results.comparison(task, column, other)
-                if found is not None:
-                    rows.append(
-                        {"task": task, **{key: 100 * getattr(found, key) for key in ("difference", "low", "high")}}
-                    )
-                    rows[-1] |= {"p": found.p, "n": found.n}
-            if rows:
-                tables.append({"first": column, "second": other, "rows": rows})
+        found = [(task, results.comparison(task, first, second)) for task in overall.tasks]
+        rows = [{"task": task, **_test(test)} for task, test in found if test is not None]
+        mean = {"count": len(rows), **_test(overall.test)} if len(rows) > 1 else None
+        tables.append({"first": first, "second": second, "rows": rows, "mean": mean, "unpaired": overall.unpaired})
     return tables
 
 
-def _costs(results: Results) -> list[dict[str, Any]]:
-    common = results.common_tasks(results.columns)
-    rows = []
-    for column in results.columns:
-        cells = [results.by_cell[task, column] for task in common]
-        if not cells:
-            continue
-        mean = {
-            key: float(np.mean([cell.facts["cost"][key] or np.nan for cell in cells]))
-            for key in ("tokens_per_text", "seconds_per_text", "flops_per_text")
-        }
-        rows.append({"column": column, "score": results.mean(column, common)[0], **mean})
-    return rows
+def _test(test: Comparison) -> dict[str, float]:
+    return {key: 100 * getattr(test, key) for key in ("difference", "low", "high")} | {"p": test.p, "n": test.n}
 
 
 def _facets(results: Results) -> list[dict[str, Any]]:
@@ -161,45 +147,80 @@ def _facets(results: Results) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["task"], row["facet"], order[row["column"]]))
 
 
-def _wordings(results: Results) -> list[dict[str, Any]]:
-    """Mean, spread and worst case over the wordings of a task's instruction."""
-    rows = []
+def _worded(results: Results) -> dict[tuple[str, str], list[Result]]:
+    """Task and column to the results under the task's own instruction, first, and under its other wordings."""
+    worded = {}
     for (task, column), own in results.by_cell.items():
         others = [
             r
             for r in results.all
             if r.task == task and r.column == column and r.facts["paraphrase"] and not r.facts["perturbation"]
         ]
-        if not others:
-            continue
-        scores = [own.score, *(r.score for r in others)]
-        worst = min([own, *others], key=lambda r: r.score)
+        if others:
+            worded[task, column] = [own, *others]
+    return worded
+
+
+def _wording(result: Result) -> str:
+    return next(iter(result.facts["instructions"].values()))
+
+
+def _wordings(results: Results) -> list[dict[str, Any]]:
+    """Mean, spread and worst case over the wordings of a task's instruction."""
+    rows = []
+    for (task, column), scored in _worded(results).items():
+        scores = [r.score for r in scored]
         rows.append(
             {
                 "task": task,
                 "column": column,
-                "own": own.score,
+                "own": scores[0],
                 "count": len(scores),
                 "mean": float(np.mean(scores)),
                 "spread": float(np.std(scores, ddof=1)),
-                "worst": worst.score,
-                "wording": next(iter(worst.facts["instructions"].values())),
+                "worst": min(scores),
+                "wording": _wording(min(scored, key=lambda r: r.score)),
             }
         )
     place = {column: at for at, column in enumerate(results.columns)}
     return sorted(rows, key=lambda row: (row["task"], place[row["column"]]))
 
 
+def _wording_lists(results: Results) -> list[dict[str, Any]]:
+    """Of each task every wording with its score in every column, the task's own first: what the means are made of."""
+    tasks: dict[str, dict[str, dict[str, float]]] = {}
+    for (task, column), scored in _worded(results).items():
+        for r in scored:
+            tasks.setdefault(task, {}).setdefault(_wording(r), {})[column] = r.score
+    lists = []
+    for task, wordings in sorted(tasks.items()):
+        columns = [column for column in results.columns if any(column in scores for scores in wordings.values())]
+        rows = [{"wording": w, "scores": [scores.get(column) for column in columns]} for w, scores in wordings.items()]
+        lists.append({"task": task, "columns": columns, "rows": rows})
+    return lists
+
+
 def _noise(results: Results) -> list[dict[str, Any]]:
-    """Scores of perturbed texts beside those of clean ones."""
+    """Scores of perturbed texts beside those of the same texts clean, with a paired test where their items pair."""
     rows = []
     for cell in results.all:
         clean = results.by_cell.get((cell.task, cell.column))
         if cell.facts["perturbation"] and clean is not None:
-            facts = {"task": cell.task, "kind": cell.facts["perturbation"], "is": cell.facts["perturbation_is"]}
-            rows.append({**facts, "column": cell.column, "clean": clean.score, "noisy": cell.score})
+            kind, test = cell.facts["perturbation"], cell.against(clean)
+            rows.append(
+                {
+                    "task": cell.task,
+                    "kind": kind,
+                    "heading": f"{kind} (seed {cell.facts['seed']})",
+                    "is": cell.facts["perturbation_is"],
+                    "column": cell.column,
+                    "clean": clean.score,
+                    "noisy": cell.score,
+                    "test": None if test is None else _test(test),
+                }
+            )
     place = {column: at for at, column in enumerate(results.columns)}
-    return sorted(rows, key=lambda row: (row["kind"], row["task"], place[row["column"]]))
+    return sorted(rows, key=lambda row: (row["heading"], row["task"], place[row["column"]]))
 
 
 def _settings(results: Results) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gircse.errors import GircseError
-from gircse.evaluate.statistics import DRAWS, Comparison, Items, compare
+from gircse.evaluate.statistics import DRAWS, Comparison, Items, compare, interval, mean_of
 
 CONTROL = ".other-instruction"  # ends the name of a facet task's control; see gircse.evaluate.tasks
 
@@ -56,7 +56,7 @@ class Result:
     @property
     def column(self) -> str:
         """Model and step, as a heading: ``smollm2-135m K=5``."""
-        return self.label if self.num_steps is None else f"{self.label} K={self.num_steps}"
+        return _column(self.label, self.num_steps)
 
     @property
     def is_plain(self) -> bool:
@@ -78,6 +78,27 @@ class Result:
         if self.items is None:
             return None
         return 100 * np.mean([items.samples(DRAWS) for items in self.items], axis=0)
+
+    def against(self, other: Result) -> Comparison | None:
+        """Paired test of this result against another, as `compare`; None where their items are not the same."""
+        if self.items is None or other.items is None or self.facts["sample"] != other.facts["sample"]:
+            return None
+        return compare(self.items, other.items)
+
+
+@dataclass(frozen=True)
+class MeanComparison:
+    """The mean of one column against that of another.
+
+    Attributes:
+        test: Of the mean over `tasks`; its `n` counts the items of all of them.
+        tasks: Tasks whose items pair.
+        unpaired: Tasks that both columns have and whose items do not pair: no part of the test.
+    """
+
+    test: Comparison
+    tasks: list[str]
+    unpaired: list[str]
 
 
 def unpack_items(values: Mapping[str, Any] | None) -> Items | None:
@@ -135,22 +156,84 @@ class Results:
 
     def mean(self, column: str, tasks: Sequence[str]) -> tuple[float, tuple[float, float] | None]:
         """Mean score over tasks, and its bootstrap interval where every task has one."""
-        cells = [self.by_cell[task, column] for task in tasks]
-        samples = [cell.samples for cell in cells if cell.samples is not None]
-        low_high = None
-        if samples and len(samples) == len(cells):
-            low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5])
-            low_high = (float(low), float(high))
-        return float(np.mean([cell.score for cell in cells])), low_high
+        return self._mean(column, [[task] for task in tasks])
+
+    def mean_of_kinds(self, column: str, tasks: Sequence[str]) -> tuple[float, tuple[float, float] | None]:
+        """As `mean`, but every kind of task counts the same, however many of the tasks are of it."""
+        return self._mean(column, list(self.kinds(tasks).values()))
+
+    def kinds(self, tasks: Sequence[str]) -> dict[str, list[str]]:
+        """The tasks by their kind."""
+        kinds: dict[str, list[str]] = {}
+        for kind, task in self.tasks:
+            if task in tasks:
+                kinds.setdefault(kind, []).append(task)
+        return kinds
+
+    def _mean(self, column: str, groups: Sequence[Sequence[str]]) -> tuple[float, tuple[float, float] | None]:
+        cells = [[self.by_cell[task, column] for task in group] for group in groups]
+        score = float(np.mean([np.mean([cell.score for cell in group]) for group in cells]))
+        samples = [[cell.samples for cell in group if cell.samples is not None] for group in cells]
+        if any(len(known) < len(group) for known, group in zip(samples, cells, strict=True)):
+            return score, None
+        return score, interval(np.mean([np.mean(group, axis=0) for group in samples], axis=0))
+
+    def costs(self) -> list[dict[str, Any]]:
+        """What a text costs in every column, as a mean over the tasks that all columns have; nan where unknown.
+
+        Keys: ``column``, ``score``, ``tokens_per_text``, ``seconds_per_text``, ``flops_per_text``.
+        """
+        common = self.common_tasks(self.columns)
+        if not common:
+            return []
+        rows = []
+        for column in self.columns:
+            costs = [self.by_cell[task, column].facts["cost"] for task in common]
+            mean = {
+                key: float(np.mean([cost[key] or np.nan for cost in costs]))
+                for key in ("tokens_per_text", "seconds_per_text", "flops_per_text")
+            }
+            rows.append({"column": column, "score": self.mean(column, common)[0], **mean})
+        return rows
+
+    def own_step(self, model: str) -> int | None:
+        """The checkpoint's K where that was scored, else the largest that was; None for a model without steps."""
+        steps = self.steps(model)
+        own = {r.facts.get("own_steps") for r in self.plain if r.label == model}  # older results do not say
+        return next((step for step in steps if step is not None and step in own), steps[-1])
+
+    def compared(self) -> list[tuple[str, str]]:
+        """Pairs of columns worth a comparison.
+
+        Every model with steps at its `own_step`, against its own smallest K (0 where that was scored) and against every
+        other model.
+        """
+        pairs = []
+        models = self.models()
+        own = {model: _column(model, self.own_step(model)) for model in models}
+        for at, model in enumerate(models):
+            steps = self.steps(model)
+            if steps == [None]:
+                continue
+            smallest = _column(model, steps[0])
+            others = [smallest, *(own[other] for other in models[at + 1 :])]
+            pairs += [(own[model], other) for other in others if other != own[model]]
+        return pairs
 
     def comparison(self, task: str, a: str, b: str) -> Comparison | None:
         """Paired test of two columns on a task; None where their items do not pair."""
         first, second = self.by_cell.get((task, a)), self.by_cell.get((task, b))
-        if first is None or second is None or first.items is None or second.items is None:
+        return None if first is None or second is None else first.against(second)
+
+    def mean_comparison(self, a: str, b: str) -> MeanComparison | None:
+        """Paired test of the mean over tasks of two columns; None where no task's items pair."""
+        tasks = self.common_tasks([a, b])
+        found = {task: self.comparison(task, a, b) for task in tasks}
+        tests = {task: test for task, test in found.items() if test is not None}
+        if not tests:
             return None
-        if first.facts["sample"] != second.facts["sample"]:
-            return None
-        return compare(first.items, second.items)
+        unpaired = [task for task in tasks if task not in tests]
+        return MeanComparison(mean_of(list(tests.values())), list(tests), unpaired)
 
 
 def read_results(folder: Path) -> Results:
@@ -180,6 +263,10 @@ def read_results(folder: Path) -> Results:
         ]
         soft_tokens[labels[0] if labels else name] = json.loads(path.read_text(encoding="utf-8"))["texts"]
     return Results([Result(facts, label[_identity(facts)]) for facts in largest.values()], soft_tokens)
+
+
+def _column(model: str, step: int | None) -> str:
+    return model if step is None else f"{model} K={step}"
 
 
 def _identity(facts: Mapping[str, Any]) -> tuple[str, str, str]:

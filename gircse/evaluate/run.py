@@ -40,7 +40,7 @@ from gircse.evaluate.perturb import DESCRIPTIONS, perturb
 from gircse.evaluate.results import unpack_items
 from gircse.evaluate.statistics import DRAWS, Items, interval
 from gircse.evaluate.suites import TaskRequest, plan
-from gircse.evaluate.tasks import OTHER_INSTRUCTION, PlannedTask
+from gircse.evaluate.tasks import OTHER_INSTRUCTION, OWN_INSTRUCTIONS, PlannedTask
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class EvaluationSettings:
         limit: Items to keep of every task; None for each request's own limit.
         seed: Of samples, perturbations and bootstrap.
         perturbations: Kinds of noise to score besides the clean texts.
-        paraphrases: Task to other wordings of its instruction, to score besides its own; ``*`` for every task.
+        paraphrases: Task to other wordings of its instruction, to score besides its own; ``*`` for every task. Kinds
+            that have an instruction for every facet or row are left out, see `check_paraphrases`.
         overwrite: Score again what is scored already.
     """
 
@@ -137,7 +138,7 @@ def evaluate_model(
             planned = plan(request, settings.data, settings.limit)
         except Exception as error:
             failed += 1
-            on_event(Event("failed", source.name, request.name, message=_one_line(error)))
+            on_event(Event("failed", source.name, request.name, message=one_line(error)))
             continue
         with closing(StepStore(source)) as store:  # a facet task's control asks for the same texts again
             for task in planned:
@@ -149,7 +150,7 @@ def evaluate_model(
                     except Exception as error:
                         failed += 1
                         logger.debug("%s failed", label, exc_info=True)
-                        emit("failed", message=_one_line(error))
+                        emit("failed", message=one_line(error))
                 task.task.unload_data()
     return failed
 
@@ -158,7 +159,8 @@ def _event(on_event: OnEvent, model: str, task: str, stage: str, **values: Any) 
     on_event(Event(stage, model, task, **values))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as people are shown it: errors of ours say what to do, others are named."""
     text = " ".join(str(error).split())
     return text if isinstance(error, GircseError) else f"{type(error).__name__}: {text}"
 
@@ -169,7 +171,7 @@ def _variants(task: PlannedTask, source: TextSource, settings: EvaluationSetting
         return
     for kind in settings.perturbations:
         yield Variant(perturbation=kind)
-    if isinstance(source, GenerativeSource) and set(task.instructions) == {"default"}:  # who reads instructions
+    if isinstance(source, GenerativeSource) and task.kind not in OWN_INSTRUCTIONS:  # who reads instructions
         wordings = settings.paraphrases.get(task.name, settings.paraphrases.get("*", ()))
         for number, instruction in enumerate(wordings, 1):
             yield Variant(paraphrase=number, instruction=instruction)
@@ -305,6 +307,7 @@ def _facts(
         "model": source.name,
         "revision": source.revision,
         "num_steps": step,
+        "own_steps": source.model.num_steps if isinstance(source, GenerativeSource) else None,
         "dtype": source.dtype,
         "device": str(getattr(source, "model").device),  # noqa: B009
         "sample": planned.sample,

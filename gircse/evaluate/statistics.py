@@ -7,8 +7,8 @@ two models on the same items get the same draws, which is what makes the test pa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Items:
     statistic: str
     values: np.ndarray
     gold: np.ndarray | None = None
+    _drawn: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def score(self) -> float:
         """The statistic of all items."""
@@ -40,6 +41,11 @@ class Items:
 
     def samples(self, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
         """The statistic of bootstrap samples, (draws,). Equal lengths and seeds give the same draws of items."""
+        if (draws, seed) not in self._drawn:  # a report compares the same items many times
+            self._drawn[draws, seed] = self._draw(draws, seed)
+        return self._drawn[draws, seed]
+
+    def _draw(self, draws: int, seed: int) -> np.ndarray:
         if self.statistic == "resamples":
             spread = self.values.std(ddof=1) if len(self.values) > 1 else 0.0
             own = zlib.crc32(np.ascontiguousarray(self.values).tobytes())  # else the noise of two tasks would add up
@@ -65,6 +71,7 @@ class Comparison:
         high: Upper end.
         p: Two-sided p-value of the paired bootstrap: how often the sign of the difference turns.
         n: Items.
+        samples: The difference in bootstrap samples, (draws,).
     """
 
     difference: float
@@ -72,6 +79,7 @@ class Comparison:
     high: float
     p: float
     n: int
+    samples: np.ndarray = field(repr=False, compare=False)
 
 
 def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -81,8 +89,16 @@ def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, floa
     return float(low), float(high)
 
 
-def compare(a: list[Items], b: list[Items], draws: int = DRAWS, seed: int = SEED) -> Comparison | None:
+def p_text(p: float) -> str:
+    """A p-value in three digits; ``< 0.002`` for the smallest that `DRAWS` can show."""
+    return "< 0.002" if p < 0.0021 else f"{p:.3f}"
+
+
+def compare(a: Sequence[Items], b: Sequence[Items], draws: int = DRAWS, seed: int = SEED) -> Comparison | None:
     """Paired bootstrap test of two models; the score is the mean over subsets.
+
+    All subsets share the draws, as in `Items.samples`: parallel subsets are translations of the same items, and drawn
+    apart they would count as that many more items.
 
     Args:
         a: Items of the first model, an entry a subset.
@@ -96,12 +112,22 @@ def compare(a: list[Items], b: list[Items], draws: int = DRAWS, seed: int = SEED
     pairs = list(zip(a, b, strict=False))
     if not pairs or len(a) != len(b) or any(not _paired(x, y) for x, y in pairs):
         return None
-    gaps = [x.samples(draws, seed + i) - y.samples(draws, seed + i) for i, (x, y) in enumerate(pairs)]
-    samples = np.mean(gaps, axis=0)
-    below, above = (samples <= 0).sum(), (samples >= 0).sum()
-    p = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))  # + 1: never claim less than the draws can show
+    samples = np.mean([x.samples(draws, seed) - y.samples(draws, seed) for x, y in pairs], axis=0)
     difference = float(np.mean([x.score() - y.score() for x, y in pairs]))
-    return Comparison(difference, *interval(samples), p=float(p), n=sum(len(x.values) for x, _ in pairs))
+    return _comparison(samples, difference, sum(len(x.values) for x, _ in pairs))
+
+
+def mean_of(comparisons: Sequence[Comparison]) -> Comparison:
+    """The test of the mean difference over tasks, from the paired samples of each: one or more, of the same draws."""
+    samples = np.mean([each.samples for each in comparisons], axis=0)
+    difference = float(np.mean([each.difference for each in comparisons]))
+    return _comparison(samples, difference, sum(each.n for each in comparisons))
+
+
+def _comparison(samples: np.ndarray, difference: float, n: int) -> Comparison:
+    below, above = (samples <= 0).sum(), (samples >= 0).sum()
+    p = min(1.0, 2 * (min(below, above) + 1) / (len(samples) + 1))  # + 1: never claim less than the draws can show
+    return Comparison(difference, *interval(samples), p=float(p), n=n, samples=samples)
 
 
 def _paired(a: Items, b: Items) -> bool:

@@ -6,7 +6,7 @@ Knows names and where tasks come from; knows nothing of models or scores.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import yaml
 from mteb.abstasks.abstask import AbsTask
 
 from gircse.errors import InputDataError, UsageError
-from gircse.evaluate.tasks import PlannedTask, hub_task, local_tasks
+from gircse.evaluate.folders import describe
+from gircse.evaluate.tasks import OWN_INSTRUCTIONS, PlannedTask, hub_task, known_tasks, local_tasks
 
 _FOLDER = Path(__file__).parent / "suites"
 
@@ -109,6 +110,30 @@ def expand(requests: Sequence[TaskRequest], data: Path | None) -> list[TaskReque
     return found
 
 
+def check_paraphrases(names: Iterable[str], requests: Sequence[TaskRequest], data: Path | None) -> None:
+    """Check that other wordings can be scored for the tasks that they are given for.
+
+    Args:
+        names: Tasks that other wordings are given for; ``*`` stands for all that can have them.
+        requests: What is to be scored, as `expand` returns it.
+        data: Folder of task folders; None for the hub's tasks, which have one instruction each.
+
+    Raises:
+        UsageError: A name is none of the requests', or its task has more than one instruction.
+        InputDataError: The folder of a name does not say what it is.
+    """
+    wanted = set(names) - {"*"}
+    if unasked := wanted - {request.name for request in requests}:
+        raise UsageError(f"--instructions names {', '.join(sorted(unasked))}, which is none of the tasks to score")
+    for name in sorted(wanted) if data is not None else ():
+        kind = describe(data / name, known_tasks()).kind
+        if kind in OWN_INSTRUCTIONS:
+            raise UsageError(
+                f"--instructions names {name}, but a {kind} task has an instruction for {OWN_INSTRUCTIONS[kind]}, "
+                "and other wordings are of one; take it out of the file"
+            )
+
+
 def plan(request: TaskRequest, data: Path | None, limit: int | None) -> list[PlannedTask]:
     """The mteb tasks of one request; a limit given here replaces the request's own.
 
@@ -126,8 +151,6 @@ def plan(request: TaskRequest, data: Path | None, limit: int | None) -> list[Pla
 
 
 def _is_local(name: str, data: Path) -> bool:
-    from gircse.evaluate.tasks import known_tasks
-
     known = known_tasks().get(name)
     return (data / name).is_dir() or bool(known and known.folder and (data / known.folder).is_dir())
 

@@ -7,11 +7,12 @@ becomes a subclass of mteb's own class: its metadata, scores and protocol are mt
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import mteb
 import yaml
@@ -21,13 +22,15 @@ from mteb.abstasks import (
     AbsTaskClassification,
     AbsTaskClustering,
     AbsTaskPairClassification,
+    AbsTaskRegression,
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.languages import check_language_code, iso_mappings
 
-from gircse.errors import UsageError
+from gircse.errors import InputDataError, UsageError
 from gircse.evaluate.folders import (
     FolderData,
     RetrievalData,
@@ -35,6 +38,7 @@ from gircse.evaluate.folders import (
     TaskDescription,
     checksum,
     describe,
+    key_line,
     parse_description,
     read_folder,
     subsets,
@@ -45,6 +49,9 @@ PER_TEXT_INSTRUCTION = "task_instruction"
 
 OTHER_INSTRUCTION = ".other-instruction"
 """Ends the name of a facet task's control: the same labels under the other facets' instructions."""
+
+OWN_INSTRUCTIONS = {"Facets": "every facet", "Triplets": "every row"}
+"""Kinds of task that have more than one instruction, and what each of them belongs to."""
 
 DISTRACTORS_PER_QUERY = 5
 """Documents that a limited retrieval task keeps besides the relevant ones, for each sampled query."""
@@ -136,6 +143,7 @@ def local_tasks(
         InputDataError: The folder does not say what it is, or says it wrongly.
     """
     description = describe(data / name, known_tasks())
+    _check_language(description, data / name / "task.yaml")
     folder = data / (description.folder or name)
     found = subsets(folder)
     if only and (missing := set(only) - set(found)):
@@ -195,6 +203,30 @@ def _make_task(
     task = type(base.__name__, (_LocalData, base), attributes)()
     task.hf_subsets = list(folders)
     return task.filter_eval_splits([split])
+
+
+def _check_language(description: TaskDescription, path: Path) -> None:
+    """Mteb's table of languages, asked while the file that names one is known."""
+    language = description.language
+    for code in [language] if isinstance(language, str) else language.values():
+        try:
+            if not re.fullmatch("[a-z]+-[A-Z][a-z]{3}", code):
+                raise ValueError("no language and script")
+            check_language_code(code)
+        except ValueError:
+            better = _language_code(code)
+            mend = f"write {better}" if better else "write a language of ISO 639-3 and its script, such as deu-Latn"
+            raise InputDataError(str(path), key_line(path, "language"), f"language is {code!r}; {mend}") from None
+
+
+def _language_code(text: str) -> str | None:
+    """What somebody who wrote ``de``, ``deu`` or ``de-DE`` means, in the language's usual script; None if unknown."""
+    # mteb has the tables, but not in its interface: without them the advice is a general one.
+    two_letters: Mapping[str, str] = getattr(iso_mappings, "_get_iso1_to_iso3", dict)()
+    scripts: Mapping[str, str] = getattr(iso_mappings, "_get_iso3_to_default_script", dict)()
+    first = re.split("[-_]", text)[0].lower()
+    language = two_letters.get(first, first)
+    return f"{language}-{scripts[language]}" if language in scripts else None
 
 
 def _languages(language: str | Mapping[str, str], subset: str) -> list[str]:
@@ -312,7 +344,8 @@ def sample_task(task: AbsTask, limit: int, seed: int) -> str:
     """Keep a sample of a loaded task's data, the same for the same seed; returns what was kept, in words.
 
     Retrieval keeps `limit` queries, the documents judged for them and five random others a query (where candidates are
-    given: the candidates). Classification keeps `limit` test texts, and 2 × mteb's samples a label to learn from.
+    given: the candidates). Classification keeps `limit` test texts, and 2 × mteb's samples a label to learn from;
+    regression keeps all texts to learn from.
     """
     kept: list[str] = []
     for subset, splits in cast("dict[str, Any]", task.dataset).items():
@@ -325,9 +358,9 @@ def sample_task(task: AbsTask, limit: int, seed: int) -> str:
                 splits[split] = _sample_rows(splits[split], limit, generator)
                 what = f"{len(splits[split])} of {before} rows"
             kept.append(what if subset == _DEFAULT else f"{subset}: {what}")
-        if isinstance(task, AbsTaskClassification):
+        if _learns_labels(task):
             splits[task.train_split] = _sample_labels(splits[task.train_split], task, generator)
-    if isinstance(task, AbsTaskClassification):
+    if _learns_labels(task):
         kept.append(f"learning from {task.samples_per_label} a label, drawn from {2 * task.samples_per_label}")
     if isinstance(task, AbsTaskClustering):
         task.max_fraction_of_documents_to_embed = task.max_document_to_embed = None
@@ -339,12 +372,18 @@ def _sample_rows(rows: Dataset, limit: int, generator: random.Random) -> Dataset
     return rows if len(rows) <= limit else rows.select(sorted(generator.sample(range(len(rows)), limit)))
 
 
+def _learns_labels(task: AbsTask) -> TypeGuard[AbsTaskClassification]:
+    """Regression is classification to mteb, but draws its examples without regard to labels."""
+    return isinstance(task, AbsTaskClassification) and not isinstance(task, AbsTaskRegression)
+
+
 def _sample_labels(rows: Dataset, task: AbsTaskClassification, generator: random.Random) -> Dataset:
     by_label: dict[Any, list[int]] = {}
-    for index, label in enumerate(rows[task.label_column_name]):
-        by_label.setdefault(label, []).append(index)
+    for index, given in enumerate(rows[task.label_column_name]):
+        for label in given if isinstance(given, list) else [given]:  # a text may have several labels
+            by_label.setdefault(label, []).append(index)
     most = 2 * task.samples_per_label
-    return rows.select(sorted(i for at in by_label.values() for i in generator.sample(at, min(most, len(at)))))
+    return rows.select(sorted({i for at in by_label.values() for i in generator.sample(at, min(most, len(at)))}))
 
 
 def _sample_retrieval(data: Any, limit: int, generator: random.Random) -> tuple[dict[str, Any], str]:
