@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.nn import functional as F
 
 from gircse.decoders import Decoder
@@ -16,7 +15,6 @@ from gircse.errors import GircseError, UnsupportedBackboneError, UsageError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 from gircse.refiner import encode_prompt, refine
-from gircse.train.recipe import load_recipe
 from tests.tiny import FAMILIES, random_batch, tiny_model
 
 KINDS = [("prompt_mean", "causal"), ("last", "bidirectional"), ("prompt_mean", "bidirectional")]
@@ -143,12 +141,3 @@ def test_a_baseline_is_trained_through_what_it_reads(backbone: Path, pooling: st
             values.append(float(loss(batch)))
             parameter.add_(direction, alpha=-sign * step)
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(parameter.grad.norm()), rel=0.05)
-
-
-def test_the_ablation_grid_is_made_of_valid_recipes() -> None:
-    folder = Path("recipes/ablation")
-    grid = yaml.safe_load((folder / "grid.yaml").read_text())
-    loaded = {name: load_recipe(folder / "base.yaml", changes) for name, changes in grid.items()}
-    assert len(set(map(repr, loaded.values()))) == len(grid), "every run differs from every other"
-    assert loaded["encoder-only-bidirectional"].refinement().attention == "bidirectional"
-    assert loaded["random-steps"].training.random_steps == (1, 5)

@@ -13,14 +13,15 @@ import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import TrainerCallback
 
 from gircse.errors import GircseError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import GIRCSE
 from gircse.train.data import load_training_data
 from gircse.train.plan import plan_training
-from gircse.train.recipe import Recipe, load_recipe
-from gircse.train.run import load_teacher, make_losses, make_model, train
+from gircse.train.recipe import Recipe, check_trackers, chosen_trackers, load_recipe
+from gircse.train.run import load_teacher, make_losses, make_model, train, training_facts
 from tests.tiny import tiny_backbone, tiny_tokenizer
 from tests.training_recipe import values, write, write_rows
 
@@ -58,13 +59,31 @@ def folder(tmp_path: Path) -> Path:
         ({"training": {"batch_size": 9}}, "rows/b: a batch holds one source, and 8 examples make none of 9"),
         ({"evaluation": {"tasks": ["a"], "evry": 1}}, "unknown key evaluation.evry; did you mean every?"),
         ({"data": None}, "data"),
+        ({"loss": {"stepwise": False, "refinement_weight": 1.0}}, "loss: refinement_weight compares the losses of two"),
+        ({"data.mixture_temperature": 2.0}, "data: mixture_temperature shares out data.examples; give that number"),
+        ({"data.max_seq_length": 41}, "data.max_seq_length: 41 tokens are read in training, and 40"),
+        ({"data.sources.0": {"teacher": "anchor", "negatives": 0}}, "rows/a: teacher: anchor needs a loss.teacher"),
+        (
+            {"data.sources.0": {"class_field": "label"}, "loss": {"teacher": "any"}},
+            "rows/a: class_field is for sources without a teacher",
+        ),
+        ({"data.sources.1": {"class_field": "label"}}, "class_field is about other rows' positives"),
     ],
 )
 def test_wrong_recipes_are_refused_with_the_key(
     folder: Path, backbone: Path, change: dict[str, Any], message: str
 ) -> None:
+    content = values(folder, backbone)
+    for key, value in change.items():
+        section, _, rest = key.partition(".")
+        if rest.startswith("sources."):
+            content["data"]["sources"][int(rest[-1])] |= value
+        elif rest:
+            content[section][rest] = value
+        else:
+            content[section] = value
     with pytest.raises(GircseError) as error:
-        load_recipe(write(folder, values(folder, backbone) | change))
+        load_recipe(write(folder, content))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -99,6 +118,50 @@ def test_a_tracker_that_is_not_installed_is_told_at_once(
     for run in (plan_training, lambda recipe: train(recipe, folder / "out")):
         with pytest.raises(GircseError, match="wandb is not installed; pip install wandb"):
             run(load_recipe(write(folder, content)))
+
+
+def test_logs_go_to_tensorboard_where_it_is_installed(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = values(folder, backbone)
+    for installed, expected in ((True, ["tensorboard"]), (False, [])):
+        monkeypatch.setattr("gircse.train.recipe.find_spec", lambda name, found=installed: found or None)
+        assert chosen_trackers(load_recipe(write(folder, content))) == expected
+        check_trackers(load_recipe(write(folder, content)))
+    monkeypatch.setattr("gircse.train.recipe.find_spec", lambda name: True)
+    content["training"]["trackers"] = []
+    assert chosen_trackers(load_recipe(write(folder, content))) == []
+
+
+def test_trackers_are_told_the_loss_of_every_step(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand before our own callbacks in the trainer's list, and must be told after them."""
+    seen: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
+    train(load_recipe(write(folder, values(folder, backbone))), folder / "out")
+    assert {"step_loss_1", "step_loss_2", "tokens_per_second", "seconds_left"} <= set(seen[0])
+
+
+def test_widths_above_the_backbones_are_refused(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone) | {"loss": {"matryoshka_dims": [8, 33]}}
+    recipe = load_recipe(write(folder, content))
+    for run in (plan_training, make_model):
+        with pytest.raises(GircseError, match=r"have 32 dimensions and cannot be cut to 33; name widths up to 32"):
+            run(recipe)
+
+
+def test_the_recipe_of_a_checkpoint_can_be_read_again(folder: Path, backbone: Path) -> None:
+    """With every default written out, which must not count as asked for."""
+    content = values(folder, backbone) | {"loss": {"stepwise": False}}
+    facts = training_facts(load_recipe(write(folder, content)), 24)["recipe"]
+    facts["data"]["folder"] = "x"
+    assert not Recipe.model_validate(facts).loss.stepwise
 
 
 def test_no_negatives_at_all_is_refused(folder: Path, backbone: Path) -> None:
@@ -176,7 +239,7 @@ def test_a_resumed_run_has_the_same_losses(folder: Path, backbone: Path) -> None
 def test_recipe_options_reach_losses_model_and_optimiser(folder: Path, backbone: Path) -> None:
     content = values(folder, backbone)
     content["loss"] = {"stepwise": False, "false_negative_margin": 0.1, "matryoshka_dims": [8, 32], "temperature": 0.1}
-    content["training"] |= {"micro_batch_size": 3, "gather_across_devices": True, "trackers": ["tensorboard"]}
+    content["training"] |= {"micro_batch_size": 3, "gather_across_devices": True}
     recipe = load_recipe(write(folder, content))
     model = make_model(recipe)
     losses = make_losses(recipe, model, ["rows/a", "rows/b"])

@@ -12,7 +12,9 @@ import pytest
 
 from gircse.errors import GircseError, InputDataError
 from gircse.train.data import example_counts, load_training_data, read_rows
+from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
+from gircse.train.run import train
 from tests.training_recipe import ROWS, values, write, write_rows
 
 
@@ -69,6 +71,53 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
         load_training_data(load_recipe(write(folder, content)))
     content["data"]["sources"][0]["file"] = "nowhere"
     with pytest.raises(GircseError, match="nowhere is not there"):
+        load_training_data(load_recipe(write(folder, content)))
+
+
+def test_a_task_that_is_not_in_the_file_is_named(folder: Path, backbone: Path) -> None:
+    """With rows of its own number, where the message spoke of negatives, and as a share, where it went unnoticed."""
+    content = values(folder, backbone)
+    source = content["data"]["sources"][0]
+    rows = [{**row, "task": "nli/" + str(row["task"])} for row in ROWS]
+    (folder / "data" / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source["file"] = "more"
+    for shared in (False, True):
+        if shared:
+            content["data"]["examples"] = 16
+            del source["examples"]
+        for task, message in (
+            ("nil/a", r"more.jsonl: there is no task nil/a; did you mean nli/a\?"),
+            ("xyz", r"more.jsonl: there is no task xyz; it has nli/a, nli/b"),
+        ):
+            source["task"] = task
+            with pytest.raises(GircseError, match=message):
+                load_training_data(load_recipe(write(folder, content)))
+    source |= {"task": "nli/a", "negatives": 3}
+    with pytest.raises(GircseError, match=r"more.jsonl: none of the 24 rows of nli/a has 3 negatives; lower negatives"):
+        load_training_data(load_recipe(write(folder, content)))
+
+
+def test_a_class_of_the_rows_becomes_the_label(folder: Path, backbone: Path) -> None:
+    content = values(folder, backbone)
+    rows = [{**row, "kind": "even" if index % 2 == 0 else "odd"} for index, row in enumerate(ROWS)]
+    (folder / "data" / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = content["data"]["sources"][0]
+    source |= {"file": "more", "class_field": "kind"}
+    recipe = load_recipe(write(folder, content))
+    data = load_training_data(recipe)["more/a"]
+    numbers = [int(text.rsplit(" ", 1)[-1]) % 2 for text in data["anchor"]]
+    assert data["label"] == numbers, "even is 0, odd is 1"
+    assert plan_training(recipe).columns == 4, "a label is no text"
+    logs: list[dict[str, float]] = []
+    train(recipe, folder / "classes", report=logs.append)
+    del source["class_field"]
+    plain: list[dict[str, float]] = []
+    train(load_recipe(write(folder, content)), folder / "plain", report=plain.append)
+    name = "loss_of/more/a"
+    first, other = (next(log[name] for log in found if name in log) for found in (logs, plain))
+    assert first < other, "fewer negatives"
+    source["class_field"] = "colour"
+    with pytest.raises(GircseError, match="class_field colour must hold a text or a whole number in every row"):
         load_training_data(load_recipe(write(folder, content)))
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gircse.cli.common import DebugOption, JsonOption, stderr
 from gircse.errors import UsageError
 
 if TYPE_CHECKING:
-    from gircse.train.plan import TrainingPlan
+    from gircse.train.plan import DryRun, TrainingPlan
 
 
 def train(
@@ -73,24 +74,50 @@ def train(
         from gircse.train.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        from gircse.train.plan import plan_training
+        from gircse.train.callbacks import RunLog
+        from gircse.train.plan import try_recipe
+        from gircse.train.run import last_step
         from gircse.train.run import train as run
     if output is None or dry_run:
         with stderr.status("reading the data"):
-            plan = plan_training(loaded)
-        print(json.dumps(asdict(plan))) if json_output else _print_plan(plan, loaded.training.batch_size)
+            tried = try_recipe(loaded)
+        _print_json(tried) if json_output else _print_dry_run(tried, loaded.training.batch_size)
+        if tried.problems:
+            raise typer.Exit(1)
         return
-
-    def log(entry: dict[str, float]) -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        with (output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    model = run(loaded, output, resume=resume, report=log)
+    model = run(loaded, output, resume=resume, report=RunLog(output / "log.jsonl", last_step(output)))
     if json_output:
         print(json.dumps({"output": str(output), "num_steps": model.num_steps}))
     else:
         stderr.print(f'saved to {output}; try: gircse similarity --model {output} "one text" "another"')
+
+
+def _print_json(tried: DryRun) -> None:
+    """The plan, and beside it what a run would not find; where backbone or data are missing, the settings alone."""
+    plan = {"settings": tried.settings} if tried.plan is None else asdict(tried.plan)
+    problems = {name: str(error) for name, error in tried.problems.items()}
+    print(json.dumps({**plan, "checked": tried.checked, "problems": problems}))
+
+
+def _print_dry_run(tried: DryRun, batch_size: int) -> None:
+    console, settings = Console(highlight=False, soft_wrap=True), tried.settings
+    steps, lora = settings["num_steps"], settings["lora"]
+    steps = f"{steps[0]} to {steps[1]}" if isinstance(steps, list) else steps
+    sizes = "all weights are trained" if lora is None else ", ".join(f"{key} {value}" for key, value in lora.items())
+    console.print(
+        f"[bold]the recipe is valid[/]\n"
+        f"  K {steps}, λ {settings['refinement_weight']:g}, τ {settings['temperature']:g}\n"
+        f"  learning rate {settings['learning_rate']:g}, {settings['schedule']} after {settings['warmup_steps']} steps "
+        f"of warm-up\n"
+        f"  LoRA: {sizes}\n"
+        f"  losses go to log.jsonl{''.join(f', {name}' for name in settings['trackers'])}"
+    )
+    if tried.plan is not None:
+        _print_plan(tried.plan, batch_size)
+    if tried.problems:
+        console.print(f"[bold]checked[/]: {', '.join(tried.checked) or 'nothing'}\n[bold]not to be had[/]:")
+        for name, error in tried.problems.items():
+            console.print(f"  {escape(f'{name}: {error}')}")
 
 
 def _print_plan(plan: TrainingPlan, batch_size: int) -> None:

@@ -1,15 +1,19 @@
-"""What happens beside the training loop: step losses in the logs, runs that diverge stopped, K drawn at random.
+"""What happens beside the training loop: step losses and speed in the logs, divergence stopped, K drawn at random.
 
 Knows the trainer's events and the losses' latest values; knows nothing of data, recipes or how models are built.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +29,8 @@ from gircse.model import GIRCSE
 
 Report = Callable[[dict[str, float]], None]
 """Called with the trainer's logs: loss, gradient norm, learning rate, ``step_loss_1`` ... ``step_loss_K``, the mean of
-these for every data set that had a batch as ``loss_of/NAME``; after an evaluation ``eval_TASK`` and ``eval_mean``."""
+these for every data set that had a batch as ``loss_of/NAME``, ``tokens_per_second`` and ``seconds_left``; after an
+evaluation ``eval_TASK`` and ``eval_mean``."""
 
 EXPLODED = 10.0
 """A loss of this many times the running median of its data set is out of bounds."""
@@ -127,6 +132,86 @@ class StepLosses(TrainerCallback):
             self.sums, self.counts, self.by_name = [], [], {}
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
+
+
+class Speed(TrainerCallback):
+    """Adds ``tokens_per_second`` and ``seconds_left`` to the logs.
+
+    A text counts as its prompt's tokens, cut as training cuts them, and K soft tokens. The speed is that of training
+    steps, of all processes together; the time left is the run's pace so far, evaluations and checkpoints included.
+
+    Args:
+        model: The model that is trained; its K is read at every batch.
+        losses: Whose batches are counted.
+    """
+
+    def __init__(self, model: GIRCSE, losses: Iterable[ICRLoss]) -> None:
+        self.model = model
+        self.tokens, self.seconds = 0, 0.0
+        self.first: tuple[int, float] | None = None
+        """Step and time at which this process began."""
+        self.step_began = 0.0
+        for loss in losses:
+            loss.register_forward_pre_hook(self._count)
+
+    def _count(self, loss: nn.Module, arguments: tuple[Any, ...]) -> None:
+        masks = [column["attention_mask"] for column in arguments[0]]  # (B, N) each
+        self.tokens += sum(int(mask.sum()) + len(mask) * self.model.num_steps for mask in masks)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_began = time.perf_counter()
+        self.first = self.first or (state.global_step, self.step_began)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.step_began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or self.first is None:
+            return
+        step, began = self.first
+        pace = (time.perf_counter() - began) / max(1, state.global_step - step)
+        logs["tokens_per_second"] = round(self.tokens * args.world_size / max(self.seconds, 1e-9), 1)
+        logs["seconds_left"] = round(pace * (state.max_steps - state.global_step), 1)
+        self.tokens, self.seconds = 0, 0.0
+
+
+class RunLog:
+    """A `Report` that appends to a file, one JSON object a line.
+
+    A killed run may have logged steps beyond its last checkpoint, which the resumed run takes again: with the first new
+    entry those are dropped, and so is a line that the kill cut off.
+
+    Args:
+        path: The file; its folder is made with the first entry.
+        step: Of the checkpoint that the run goes on from; 0 for a new one.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path, self.step, self._begun = path, step, False
+
+    def __call__(self, entry: dict[str, float]) -> None:
+        if not self._begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_later()
+            self._begun = True
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _drop_later(self) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if self._is_before(line)]
+        if kept != lines:
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, self.path)  # whole or not at all
+
+    def _is_before(self, line: str) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= self.step
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 class RandomSteps(TrainerCallback):

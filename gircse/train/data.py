@@ -5,16 +5,21 @@ Knows the row format ``{"task", "instruction", "query", "pos": [...], "neg": [..
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
+from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
@@ -99,7 +104,8 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
     Args:
         recipe: Says which rows.
         teacher: Its embeddings of each row's texts, without instructions, become the column ``label``,
-            (columns, width), of the sources that it has a say in.
+            (columns, width), of the sources that it has a say in. Where a source has a `class_field`, the column is
+            the number of the row's class.
 
     Raises:
         InputDataError: A bad line.
@@ -122,29 +128,68 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         texts = [_texts(row, source, rows, generator) for row in drawn]
         rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
         if teacher is not None and source.teacher:
-            vectors = teacher([text for own in texts for text in (own[:1] * 2 if source.teacher == "anchor" else own)])
-            labels = vectors.astype(np.float32).reshape(count, len(texts[0]), -1)  # (rows, columns, width)
+            read = 1 if source.teacher == "anchor" else len(texts[0])
+            vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)
+            labels = vectors.reshape(count, read, -1).repeat(len(texts[0]) // read, axis=1)  # (rows, columns, width)
             rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
+        elif source.class_field is not None:
+            rows = rows.add_column("label", _classes(drawn, source))
         result[source.name] = rows
     return result
 
 
+def _classes(rows: list[dict[str, Any]], source: Source) -> list[int]:
+    """The number of each row's class, the same in every process."""
+    values = [row.get(str(source.class_field)) for row in rows]
+    if not all(isinstance(value, str | int) for value in values):
+        raise GircseError(
+            f"{source.name}: class_field {source.class_field} must hold a text or a whole number in every row"
+        )
+    numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
+    return [numbers[str(value)] for value in values]
+
+
 def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
-    """For every source of the recipe, its task's rows that have enough negatives. Each file is read once."""
+    """For every source of the recipe, its task's rows that have enough negatives. Each file is read once.
+
+    Raises:
+        InputDataError: A bad line.
+        GircseError: A file is missing, or has no usable row of a source's task.
+    """
     wanted: dict[Path, dict[str, list[dict[str, Any]]]] = {}
     for source in recipe.data.sources:
         if source.file is not None:
             wanted.setdefault(source_path(recipe.data.folder, source), {})[str(source.task)] = []
+    there: dict[Path, Counter[str]] = {path: Counter() for path in wanted}
     for path, tasks in wanted.items():
         for row in read_rows(path):
+            there[path][row["task"]] += 1
             if row["task"] in tasks:
                 tasks[row["task"]].append(row)
-    return [
-        _hub_rows(source, recipe.seed)
-        if source.file is None
-        else [row for row in wanted[source_path(recipe.data.folder, source)][str(source.task)] if _usable(row, source)]
-        for source in recipe.data.sources
-    ]
+    result = []
+    for source in recipe.data.sources:
+        if source.file is None:
+            result.append(_hub_rows(source, recipe.seed))
+            continue
+        path = source_path(recipe.data.folder, source)
+        usable = [row for row in wanted[path][str(source.task)] if _usable(row, source)]
+        _check_found(usable, str(path), source, there[path])
+        result.append(usable)
+    return result
+
+
+def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks: Counter[str]) -> None:
+    """Raise where a source has no usable row; `tasks` counts the rows of every task in its place."""
+    if usable:
+        return
+    found = tasks.total() if source.task is None else tasks[source.task]
+    if found:
+        task = "" if source.task is None else f" of {source.task}"
+        raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
+    near = difflib.get_close_matches(str(source.task), tasks, n=1)
+    listed = ", ".join(sorted(tasks)[:8]) + (", ..." if len(tasks) > 8 else "")
+    hint = f"did you mean {near[0]}?" if near else f"it has {listed or 'no rows at all'}"
+    raise GircseError(f"{place}: there is no task {source.task}; {hint}")
 
 
 def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
@@ -159,11 +204,21 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
     try:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
         rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
-        usable = (row for row in rows if source.task in (None, row["task"]) and _usable(row, source))
-        return list(islice(usable, source.examples))
+        tasks: Counter[str] = Counter()
+        usable = (row for row in _counted(rows, tasks) if source.task in (None, row["task"]) and _usable(row, source))
+        found = list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise GircseError(f"the data set {name} cannot be loaded ({reason}); is the hub reachable?") from error
+    _check_found(found, name, source, tasks)
+    return found
+
+
+def _counted(rows: Iterable[dict[str, Any]], tasks: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The rows, counted by task as they pass."""
+    for row in rows:
+        tasks[row["task"]] += 1
+        yield row
 
 
 def _renamed(row: dict[str, Any], name: str, instruction: str | None) -> dict[str, Any]:
@@ -210,18 +265,18 @@ def _texts(row: dict[str, Any], source: Source, rows: list[dict[str, Any]], gene
         return [*pair, *generator.sample(row["neg"], source.negatives)]
     side = generator.randrange(2)  # either form asks
     anchor, counterpart = pair[side], pair[1 - side]
-    same_form = _others(pair, side, rows, source.negatives, generator)
+    same_form = _others(row, side, rows, source.negatives, generator)
     return [anchor, counterpart, *same_form] if source.facet == "content" else [anchor, *same_form, counterpart]
 
 
 def _others(
-    pair: tuple[str, str], side: int, rows: list[dict[str, Any]], count: int, generator: random.Random
+    row: dict[str, Any], side: int, rows: list[dict[str, Any]], count: int, generator: random.Random
 ) -> list[str]:
-    """Texts of other rows, on one side; not the pair's own, which several rows may hold."""
-    found: list[str] = []
-    for row in generator.sample(rows, min(len(rows), 4 * count + 8)):
-        text = (row["query"], row["pos"][0])[side]
-        if text not in pair and text not in found:
+    """Texts of other rows, on one side; not of rows that share a text with this one, which say the same."""
+    own, found = {row["query"], *row["pos"]}, []
+    for other in generator.sample(rows, min(len(rows), 4 * count + 8)):
+        text = (other["query"], other["pos"][0])[side]
+        if own.isdisjoint((other["query"], *other["pos"])) and text not in found:
             found.append(text)
     if len(found) < count:
         raise GircseError(f"a facet needs {count + 1} different texts on each side; the rows have fewer")
@@ -235,3 +290,71 @@ def _columns(row: dict[str, Any], source: Source, texts: list[str]) -> dict[str,
     names = ["anchor", "positive", *(f"negative_{index}" for index in range(1, len(texts) - 1))]
     prompts = [prompt, *[passage_prompt] * (len(texts) - 1)]
     return {name: before + text for name, before, text in zip(names, prompts, texts, strict=True)}
+
+
+def steps_an_epoch(recipe: Recipe, examples: Mapping[str, int], processes: int = 1) -> int:
+    """Optimiser steps that the rows make, incomplete batches and rounds of processes being dropped.
+
+    Args:
+        recipe: The recipe.
+        examples: Rows of each source, by its name.
+        processes: That share a step, a batch each.
+
+    Raises:
+        GircseError: A source whose candidates all processes share has fewer batches than there are processes.
+    """
+    batch = recipe.training.batch_size
+    if not recipe.training.gather_across_devices:
+        return sum(count // batch for count in examples.values()) // processes
+    for name, count in examples.items():
+        if count // batch < processes:
+            raise GircseError(
+                f"{name}: with gather_across_devices a step takes {processes} batches of {batch} rows from one source, "
+                f"and {count} examples make fewer; raise its examples or lower training.batch_size"
+            )
+    return sum(count // batch // processes for count in examples.values())
+
+
+class SameSourceBatches(MultiDatasetDefaultBatchSampler):
+    """Batches in such an order that at every step all processes have one of the same source.
+
+    A source is drawn in proportion to its size, and then gives as many batches in a row as there are processes, which
+    take them in turns. With one process the order is that of sentence-transformers' ``ProportionalBatchSampler``.
+
+    Args:
+        dataset: The sources, one after the other.
+        batch_samplers: One a source; what does not fill a round of all processes is dropped.
+        generator: Of the order.
+        seed: Of the generator; the epoch is added.
+        processes: How many share a step.
+    """
+
+    def __init__(
+        self,
+        dataset: ConcatDataset,
+        batch_samplers: list[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        *,
+        processes: int = 1,
+    ) -> None:
+        super().__init__(dataset, batch_samplers=batch_samplers, generator=generator, seed=seed)
+        self.processes = processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Indices into the joined data set, a batch at a time."""
+        if self.generator is not None and self.seed is not None:
+            self.generator.manual_seed(self.seed + self.epoch)
+        offsets = [0, *accumulate(len(rows) for rows in self.dataset.datasets)]  # type: ignore[arg-type]
+        rounds = [index for index, count in enumerate(self._rounds()) for _ in range(count)]
+        batches = [iter(sampler) for sampler in self.batch_samplers]
+        for index in SubsetRandomSampler(rounds, generator=self.generator):
+            for batch in islice(batches[index], self.processes):
+                yield [row + offsets[index] for row in batch]
+
+    def __len__(self) -> int:
+        """Batches of all processes."""
+        return sum(self._rounds()) * self.processes
+
+    def _rounds(self) -> list[int]:
+        return [len(sampler) // self.processes for sampler in self.batch_samplers]

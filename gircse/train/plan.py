@@ -1,22 +1,28 @@
-"""What a recipe would do, before it does it: examples, steps, token lengths, memory and time.
+"""What a recipe would do, before it does it: settings, examples, steps, token lengths, memory and time.
 
-Knows arithmetic and the tokenizer; loads no weights and trains nothing. Memory and time are estimates: they count
-matrix products and the tensors that the backward pass keeps, nothing else.
+Knows arithmetic, the tokenizer and what a run needs to find; loads no weights and trains nothing. Memory and time are
+estimates: they count matrix products and the tensors that the backward pass keeps, nothing else.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
-from gircse.train.data import load_training_data
-from gircse.train.recipe import Recipe, check_trackers
+from gircse.errors import GircseError
+from gircse.other_models import MINILM, minilm_folder
+from gircse.train.data import load_training_data, steps_an_epoch
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
 SAMPLE = 500
 """Rows tokenised of every source: enough for a histogram."""
@@ -29,6 +35,7 @@ class TrainingPlan:
     """What a recipe would do.
 
     Attributes:
+        settings: K or its bounds, λ, τ, learning rate, schedule, LoRA sizes and trackers.
         examples: Rows of each source, by ``file/task``.
         steps: Optimiser steps.
         columns: Texts of a row, the largest number of any source.
@@ -44,6 +51,7 @@ class TrainingPlan:
         evaluation: What is scored during training and when, as `describe_evaluation` says it; None for nothing.
     """
 
+    settings: dict[str, Any]
     examples: dict[str, int]
     steps: int
     columns: int
@@ -59,31 +67,136 @@ class TrainingPlan:
     evaluation: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What could be told of a recipe without running it.
+
+    Attributes:
+        settings: As `TrainingPlan.settings`.
+        checked: What the run needs and will find: trackers, start_from, teacher, evaluation, backbone, data.
+        problems: What it will not find, and why.
+        plan: None where backbone or data are missing.
+    """
+
+    settings: dict[str, Any]
+    checked: list[str]
+    problems: dict[str, GircseError]
+    plan: TrainingPlan | None
+
+
 def plan_training(recipe: Recipe) -> TrainingPlan:
     """Read the data, tokenise a sample, and estimate.
 
     Raises:
         MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
-        GircseError: As `gircse.train.run.train` for data, evaluation tasks and backbone.
+        GircseError: Something that the run needs is missing: data, evaluation tasks, backbone, trackers, the model to
+            start from, the teacher.
     """
-    check_trackers(recipe)
-    evaluation = None
-    if recipe.evaluation is not None:
-        from gircse.train.evaluation import describe_evaluation
+    result = try_recipe(recipe)
+    for error in result.problems.values():
+        raise error
+    assert result.plan is not None, "without problems there is a plan"
+    return result.plan
 
-        evaluation = describe_evaluation(recipe.evaluation)
+
+def try_recipe(recipe: Recipe) -> DryRun:
+    """Look for all that a run needs; where backbone and data are there, estimate what it would do. Raises nothing."""
+    needs: dict[str, Callable[[], Any]] = {"trackers": partial(check_trackers, recipe)}
+    if recipe.start_from is not None:
+        needs["start_from"] = partial(_find_start, recipe.start_from)
+    if recipe.loss.teacher is not None:
+        needs["teacher"] = partial(_find_teacher, recipe.loss.teacher)
+    if recipe.evaluation is not None:
+        needs["evaluation"] = partial(_describe_evaluation, recipe)
+    needs |= {"backbone": partial(_find_backbone, recipe), "data": partial(_find_data, recipe)}
+    found, problems = {}, {}
+    for name, look in needs.items():
+        try:
+            found[name] = look()
+        except GircseError as error:
+            problems[name] = error
+    plan = None
+    if "backbone" in found and "data" in found:
+        plan = _estimate(recipe, found["backbone"], found["data"], found.get("evaluation"))
+    return DryRun(describe_settings(recipe), list(found), problems, plan)
+
+
+def describe_settings(recipe: Recipe) -> dict[str, Any]:
+    """What people look at first: K, or the least and the largest, λ, τ, learning rate, schedule, LoRA, trackers."""
+    training, lora = recipe.training, recipe.lora
+    return {
+        "num_steps": recipe.model.num_steps if training.random_steps is None else list(training.random_steps),
+        "refinement_weight": recipe.loss.refinement_weight if recipe.loss.stepwise else 0.0,
+        "temperature": recipe.loss.temperature,
+        "learning_rate": training.learning_rate,
+        "schedule": training.schedule,
+        "warmup_steps": training.warmup_steps,
+        "lora": None if lora is None else lora.model_dump(),
+        "trackers": chosen_trackers(recipe),
+    }
+
+
+def _find_start(place: str) -> None:
+    if not _is_saved(place, ["modules.json"]):
+        raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
+
+
+def _find_teacher(name: str) -> None:
+    if name.lower() == MINILM:
+        minilm_folder()
+    elif not _is_saved(name, ["modules.json", "config.json"]):
+        raise GircseError(f"{name} is no SentenceTransformer, in a folder or on the hub; correct the name")
+
+
+def _is_saved(place: str, files: list[str]) -> bool:
+    """Whether a folder, the hub's cache or the hub has one of the files that a saved model begins with."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    if Path(place).is_dir():
+        return any((Path(place) / name).is_file() for name in files)
+    try:
+        if any(isinstance(try_to_load_from_cache(place, name), str) for name in files):
+            return True
+        return any(file_exists(place, name) for name in files)
+    except Exception:  # no name of the hub's, no network, no access: what its client raises is not one family
+        return False
+
+
+def _describe_evaluation(recipe: Recipe) -> dict[str, Any]:
+    from gircse.train.evaluation import describe_evaluation
+
+    assert recipe.evaluation is not None
+    return describe_evaluation(recipe.evaluation)
+
+
+def _find_backbone(recipe: Recipe) -> Path:
+    path = resolve_backbone(recipe.backbone).path
+    check_widths(recipe, AutoConfig.from_pretrained(path).hidden_size)
+    return path
+
+
+def _find_data(recipe: Recipe) -> Any:
     data = load_training_data(recipe)
-    place = resolve_backbone(recipe.backbone).path
+    _steps_an_epoch(recipe, data)
+    return data
+
+
+def _steps_an_epoch(recipe: Recipe, data: Any) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as `accelerate launch` sets it
+    return steps_an_epoch(recipe, {str(name): len(rows) for name, rows in data.items()}, processes)
+
+
+def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any] | None) -> TrainingPlan:
     tokenizer = AutoTokenizer.from_pretrained(place)
     limit = recipe.data.max_seq_length
     lengths: list[int] = []
     for rows in data.values():
         sample = rows[:SAMPLE]
-        for column in rows.column_names:
+        for column in _text_columns(rows):
             lengths += [len(ids) for ids in tokenizer(sample[column], verbose=False).input_ids]
     cut = [min(length, limit) for length in lengths]
-    columns = max(len(rows.column_names) for rows in data.values())
-    steps = sum(len(rows) // recipe.training.batch_size for rows in data.values())
+    columns = max(len(_text_columns(rows)) for rows in data.values())
+    steps = _steps_an_epoch(recipe, data)
 
     config = AutoConfig.from_pretrained(place)
     with torch.device("meta"):
@@ -115,6 +228,7 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
         + group * most * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
     )
     return TrainingPlan(
+        settings=describe_settings(recipe),
         examples={str(name): len(rows) for name, rows in data.items()},
         steps=math.ceil(steps * recipe.training.epochs),
         columns=columns,
@@ -129,6 +243,10 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
         matrix_flops=rate,
         evaluation=evaluation,
     )
+
+
+def _text_columns(rows: Any) -> list[str]:
+    return [name for name in rows.column_names if name != "label"]
 
 
 def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:

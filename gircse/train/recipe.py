@@ -82,6 +82,11 @@ class LossSection(_Section):
 
     @model_validator(mode="after")
     def _something_to_switch(self) -> LossSection:
+        if not self.stepwise and self.refinement_weight and "refinement_weight" in self.model_fields_set:
+            raise ValueError(
+                "refinement_weight compares the losses of two steps, and stepwise: false leaves one of them; "
+                "leave it out or set it to 0"
+            )
         if self.step_weights != "uniform" and not self.stepwise:
             raise ValueError("step_weights weighs the losses of all steps, and stepwise: false leaves one of them")
         if self.detach_reference and (not self.stepwise or not self.refinement_weight):
@@ -106,6 +111,8 @@ class Source(_Section):
             the teacher's, which reads no instructions. ``anchor`` where the positive is a translation into a language
             that the teacher does not know: it then reads the anchor in its place (arXiv 2004.09813).
         instruction: Instead of the rows' own.
+        class_field: A field of the rows, e.g. ``label``, that holds a class (a text or a whole number): the positives
+            of rows of the same class are then no negatives of each other.
         facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
             prose), all rows' queries being in one form and all positives in the other. ``content``: a text's
             counterpart is its positive, texts of other rows in its own form are its negatives. ``form``: the other
@@ -122,6 +129,7 @@ class Source(_Section):
     negatives: int = Field(default=0, ge=0)
     teacher: bool | Literal["anchor"] = True
     instruction: str | None = Field(default=None, min_length=1)
+    class_field: str | None = Field(default=None, min_length=1)
     facet: Literal["content", "form"] | None = None
 
     @property
@@ -157,6 +165,8 @@ class Source(_Section):
     def _something_to_contrast(self) -> Source:
         if not self.in_batch_negatives and self.negatives == 0:
             raise ValueError("without in-batch negatives, negatives must be 1 or more")
+        if self.class_field is not None and not self.in_batch_negatives:
+            raise ValueError("class_field is about other rows' positives, and in_batch_negatives: false leaves none")
         return self
 
 
@@ -183,6 +193,9 @@ class DataSection(_Section):
             raise ValueError(f"give examples for {open_sources[0]}, or a total in data.examples")
         if self.examples is not None and not open_sources:
             raise ValueError("data.examples is shared out among sources without examples, and there is none")
+        usual = type(self).model_fields["mixture_temperature"].default
+        if self.examples is None and self.mixture_temperature != usual:
+            raise ValueError("mixture_temperature shares out data.examples; give that number, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -212,7 +225,9 @@ class TrainingSection(_Section):
     )
     gather_across_devices: bool = Field(default=False, description="negatives of all processes")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="where the logs go besides")
+    trackers: list[Literal["tensorboard", "wandb"]] | None = Field(
+        default=None, description="where the logs go besides; null: to TensorBoard where it is installed"
+    )
 
 
 class EvaluationSection(_Section):
@@ -272,6 +287,25 @@ class Recipe(_Section):
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
         return self
 
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Recipe:
+        trained, read = self.data.max_seq_length, self.model.max_seq_length
+        if trained > read:
+            raise ValueError(
+                f"data.max_seq_length: {trained} tokens are read in training, and {read} (model.max_seq_length) of the "
+                "finished model; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_say_for_the_teacher(self) -> Recipe:
+        for source in self.data.sources:
+            if source.teacher == "anchor" and self.loss.teacher is None:
+                raise ValueError(f"{source.name}: teacher: anchor needs a loss.teacher; name one, or leave it out")
+            if source.class_field is not None and source.teacher and self.loss.teacher is not None:
+                raise ValueError(f"{source.name}: class_field is for sources without a teacher; add teacher: false")
+        return self
+
     def refinement(self) -> RefinementConfig:
         """The checkpoint's configuration."""
         return RefinementConfig(**self.model.model_dump())
@@ -320,15 +354,40 @@ def _value(key: str, value: Any) -> Any:
         raise UsageError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
 
 
+def chosen_trackers(recipe: Recipe) -> list[str]:
+    """Where the logs go besides the run's folder: as the recipe says, else to TensorBoard where it is installed."""
+    if recipe.training.trackers is not None:
+        return list(recipe.training.trackers)
+    return ["tensorboard"] if find_spec("tensorboard") is not None else []
+
+
 def check_trackers(recipe: Recipe) -> None:
     """See whether what a recipe logs to is installed; the trainer would find out when everything is loaded.
 
     Raises:
         GircseError: It is not.
     """
-    for name in recipe.training.trackers:
+    for name in recipe.training.trackers or ():
         if find_spec(name) is None:
             raise GircseError(f"training.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
+def check_widths(recipe: Recipe, dimensions: int) -> None:
+    """See whether vectors can be cut to the widths of the recipe.
+
+    Args:
+        recipe: The recipe.
+        dimensions: Of the backbone's vectors.
+
+    Raises:
+        GircseError: A width is larger; cutting to it would do nothing.
+    """
+    widest = max(recipe.loss.matryoshka_dims or [0])
+    if widest > dimensions:
+        raise GircseError(
+            f"loss.matryoshka_dims: vectors of {recipe.backbone} have {dimensions} dimensions and cannot be cut to "
+            f"{widest}; name widths up to {dimensions}"
+        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.other_models import load_other_model
-from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, StepLosses, random_state_kept
-from gircse.train.data import Teacher, load_training_data, source_path
+from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
+from gircse.train.data import SameSourceBatches, Teacher, load_training_data, source_path, steps_an_epoch
 from gircse.train.fused_lora import fused_lora
-from gircse.train.recipe import Recipe, check_trackers
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
 try:
     import accelerate  # noqa: F401  # the trainer imports it only when it starts
@@ -34,6 +35,8 @@ except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
+
     from gircse.train.evaluation import TaskFolderEvaluator
 
 
@@ -67,22 +70,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     model = make_model(recipe)  # before the teacher reads all texts for minutes: a wrong start_from is told at once
     teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
     data = load_training_data(recipe, teacher)
+    del teacher  # and its memory
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
-    losses = make_losses(recipe, model, [str(name) for name in data])
     model.max_seq_length = recipe.data.max_seq_length
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(recipe, checkpoints),
-        train_dataset=data,
-        loss=losses,
-        evaluator=evaluator,
-        callbacks=[StepLosses(losses, report), SaveEvaluated()],
-    )
-    trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
-    trainer.add_callback(_Progress())
-    if recipe.training.random_steps:
-        trainer.add_callback(RandomSteps(model, recipe.training.random_steps, recipe.seed))
-    with fused_lora(model):
+    trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
+    with fused_lora(model, model.encoder.packed_weights):
         trainer.train(resume_from_checkpoint=last if resume else None)
     if evaluator is not None:
         best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
@@ -91,6 +83,41 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     if trainer.is_world_process_zero():
         model.save_pretrained(str(output))
     return model
+
+
+def _make_trainer(
+    recipe: Recipe,
+    model: GIRCSE,
+    data: DatasetDict,
+    checkpoints: Path,
+    evaluator: TaskFolderEvaluator | None,
+    report: Report | None,
+) -> _Trainer:
+    losses = make_losses(recipe, model, [str(name) for name in data])
+    arguments = _arguments(recipe, checkpoints)
+    steps_an_epoch(recipe, {str(name): len(rows) for name, rows in data.items()}, arguments.world_size)
+    in_logs = [Speed(model, losses.values()), StepLosses(losses, report)]
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        loss=losses,
+        evaluator=evaluator,
+        callbacks=[*in_logs, SaveEvaluated()],
+    )
+    trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
+    trainer.add_callback(_Progress())
+    if recipe.training.random_steps:
+        trainer.add_callback(RandomSteps(model, recipe.training.random_steps, recipe.seed))
+    # What adds to the logs comes first: the trackers are in the list already, and would not see it.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in in_logs)
+    return trainer
+
+
+def last_step(output: Path) -> int:
+    """The step of the checkpoint that a run in `output` would go on from; 0 where there is none."""
+    last = _last_checkpoint(output / "checkpoints")
+    return 0 if last is None else int(last.rsplit("-", 1)[-1])
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:
@@ -136,9 +163,16 @@ def make_model(recipe: Recipe) -> GIRCSE:
     Raises:
         GircseError: The backbone, or the model to start from, is not to be had or does not fit the recipe.
     """
+    model = _untrained(recipe) if recipe.start_from is None else _trained_before(recipe, recipe.start_from)
+    check_widths(recipe, model.encoder.get_embedding_dimension())
+    model.encoder.configure(**asdict(recipe.refinement()))
+    model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
+    return model
+
+
+def _untrained(recipe: Recipe) -> GIRCSE:
+    """The recipe's backbone, with fresh LoRA layers where it asks for some."""
     config = recipe.refinement()
-    if recipe.start_from is not None:
-        return _trained_before(recipe, recipe.start_from)
     lora = recipe.lora and LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
@@ -146,7 +180,7 @@ def make_model(recipe: Recipe) -> GIRCSE:
         target_modules="all-linear",
         task_type="CAUSAL_LM",  # peft then leaves the LM head alone
     )
-    model = GIRCSE.from_backbone(
+    return GIRCSE.from_backbone(
         recipe.backbone,
         num_steps=config.num_steps,
         pooling=config.pooling,
@@ -156,13 +190,10 @@ def make_model(recipe: Recipe) -> GIRCSE:
         full_finetune=lora is None,
         dtype=getattr(torch, recipe.training.dtype),
     )
-    model.encoder.configure(**asdict(config))
-    model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
-    return model
 
 
 def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
-    """The model to start from, its adapter or weights trainable again, with the recipe's K, pooling and prompts."""
+    """The model to start from, its adapter or weights trainable again."""
     model = GIRCSE(place, dtype=getattr(torch, recipe.training.dtype))
     encoder, backbone = model.encoder, model.encoder.backbone
     if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
@@ -179,8 +210,6 @@ def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
         )
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(recipe.lora is None or "lora_" in name)
-    encoder.configure(**asdict(recipe.refinement()))
-    model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
     return model
 
 
@@ -208,10 +237,13 @@ def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, IC
 
 def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
     """What the checkpoint remembers of its run: the recipe, and the checksums of the data files."""
+    values = recipe.model_dump(mode="json", exclude={"data": {"folder"}, "evaluation": {"folder"}})
+    if not recipe.loss.stepwise:
+        values["loss"]["refinement_weight"] = 0.0  # there is no penalty, and the recipe can be read again
     files = {source_path(recipe.data.folder, source) for source in recipe.data.sources if source.file is not None}
     return {
         "gircse": __version__,
-        "recipe": recipe.model_dump(mode="json", exclude={"data": {"folder"}, "evaluation": {"folder"}}),
+        "recipe": values,
         "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
         "examples": examples,
     }
@@ -242,9 +274,11 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTraining
         multi_dataset_batch_sampler="proportional",
         seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to=list(settings.trackers) or "none",
+        report_to=chosen_trackers(recipe) or "none",
         disable_tqdm=False,
     )
+    if settings.gather_across_devices:  # candidates are shared column by column, which sources may differ in
+        arguments.multi_dataset_batch_sampler = partial(SameSourceBatches, processes=arguments.world_size)
     if recipe.evaluation is not None:
         # Set afterwards: the constructor would tie `every` to `save_every`, but every evaluation saves a checkpoint.
         arguments.set_evaluate(strategy="steps", steps=recipe.evaluation.every, delay=0)

@@ -1,0 +1,110 @@
+"""log.jsonl: every step once, whatever was stopped and resumed; how fast it goes and how long it will take."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gircse.losses import ICRLoss
+from gircse.train.callbacks import RunLog, Speed
+from gircse.train.data import load_training_data
+from gircse.train.recipe import load_recipe
+from gircse.train.run import make_model, train
+from tests.training_recipe import values, write, write_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path)
+    return tmp_path
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_steps_are_logged_once_after_stop_and_resume(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at step 5, two after the checkpoint of step 3; and the last line was cut off."""
+    verb, report = import_module("gircse.cli.train").train, RunLog.__call__
+    content = values(folder, backbone)
+    content["training"]["save_every"] = 3
+    recipe, log = write(folder, content), folder / "out" / "log.jsonl"
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_five(self: RunLog, entry: dict[str, float]) -> None:
+        report(self, entry)
+        if entry["step"] == 5:
+            raise Stop
+
+    monkeypatch.setattr(RunLog, "__call__", stop_after_five)
+    with pytest.raises(Stop):
+        verb(recipe, folder / "out")
+    monkeypatch.setattr(RunLog, "__call__", report)
+    assert [entry["step"] for entry in logged(log)] == [1, 2, 3, 4, 5]
+    with log.open("a") as file:
+        file.write('{"loss": 1.')
+    verb(recipe, folder / "out", resume=True)
+    entries = logged(log)
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert entries[0]["tokens_per_second"] > 0
+    assert entries[5]["seconds_left"] == 0
+
+
+def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "log.jsonl"
+    RunLog(path)({"step": 1, "loss": 2.0})
+    log = RunLog(path)
+    assert logged(path) == [{"step": 1, "loss": 2.0}], "nothing is dropped before there is something new"
+    log({"step": 1, "loss": 3.0})
+    log({"step": 2, "loss": 3.0})
+    assert logged(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 3.0}]
+
+
+def test_speed_counts_the_tokens_of_prompts_and_soft_tokens(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    on_log = Speed.on_log
+
+    def spy(self: Speed, *arguments: Any, **options: Any) -> None:
+        counted.append(self.tokens)
+        on_log(self, *arguments, **options)
+
+    monkeypatch.setattr(Speed, "on_log", spy)
+    content = values(folder, backbone)
+    content["data"]["sources"] = content["data"]["sources"][:1]
+    content["data"]["sources"][0]["examples"] = 4  # one batch
+    recipe, logs = load_recipe(write(folder, content)), list[dict[str, float]]()
+    train(recipe, folder / "out", report=logs.append)
+    rows = load_training_data(recipe)["rows/a"]
+    texts = [text for column in ("anchor", "positive", "negative_1") for text in rows[column]]
+    assert counted[0] == sum(min(len(text), 30) + 2 for text in texts), "a token is a character; K = 2"
+    assert logs[0]["tokens_per_second"] > 0
+
+
+def test_time_left_is_the_pace_so_far(folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run of ten steps, two of which this process took in three seconds, of them two of training."""
+    from types import SimpleNamespace
+
+    model = make_model(load_recipe(write(folder, values(folder, backbone))))
+    speed = Speed(model, [ICRLoss(model)])
+    now = 0.0
+    monkeypatch.setattr("gircse.train.callbacks.time.perf_counter", lambda: now)
+    state, arguments = SimpleNamespace(global_step=4, max_steps=10), SimpleNamespace(world_size=2)
+    for _ in range(2):
+        speed.on_step_begin(arguments, state, None)
+        now, state.global_step, speed.tokens = now + 1.0, state.global_step + 1, speed.tokens + 50
+        speed.on_step_end(arguments, state, None)
+        now += 0.5
+    logs = {"loss": 1.0}
+    speed.on_log(arguments, state, None, logs=logs)
+    assert logs == {"loss": 1.0, "tokens_per_second": 100.0, "seconds_left": 6.0}
