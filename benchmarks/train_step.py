@@ -5,7 +5,8 @@
 
 A step is forward, loss and backward; LoRA on SmolLM2-135M, queries and passages of random tokens, all of one length.
 ``ICR with peft's LoRA`` is ICR without the fused LoRA layers of training. ``recompute`` runs the whole sequence through
-the model again for every soft token, logits at all positions; ``dynamic cache`` is a plain loop over transformers' cache.
+the model again for every soft token, logits at all positions; ``dynamic cache`` is a plain loop over transformers'
+cache.
 All are timed in turn within one process, and the medians compared. Peak memory is that of a fresh process each, beyond
 the loaded model; what dies there for want of memory is not timed. Prints a table, writes
 benchmarks/results/train_step.json after every size.

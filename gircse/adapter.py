@@ -6,6 +6,7 @@ beside every thick one, which on a CPU take as long as the thick one itself; fol
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+
+_changing = threading.Lock()
+"""Held while weights are changed: two threads that fold at a time would both add BA."""
 
 
 def lora_layers(backbone: PreTrainedModel) -> list[LoraLayer]:
@@ -38,18 +42,32 @@ def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
 
 @torch.no_grad()
 def fold(layers: list[LoraLayer]) -> None:
-    """W becomes W + BA, in place and without a copy of the weights."""
-    for layer in layers:
-        if not layer.merged:
-            layer.merge()
+    """W becomes W + BA of the active adapters, in place and without a copy of weights that are this process's own."""
+    with _changing:
+        for layer in layers:
+            if layer.merged and layer.merged_adapters != list(layer.active_adapters):
+                _make_own(layer)
+                layer.unmerge()
+            if not layer.merged:
+                _make_own(layer)
+                layer.merge()
 
 
 @torch.no_grad()
 def unfold(layers: list[LoraLayer]) -> None:
     """Take BA out of the weights again, which restores them up to rounding (about 1e-7 of a weight)."""
-    for layer in layers:
-        if layer.merged:
-            layer.unmerge()
+    with _changing:
+        for layer in layers:
+            if layer.merged:
+                _make_own(layer)
+                layer.unmerge()
+
+
+def _make_own(layer: LoraLayer) -> None:
+    """A copy of weights in shared memory, with which other processes compute."""
+    weight = layer.get_base_layer().weight
+    if weight.device.type == "cpu" and weight.is_shared():
+        weight.data = weight.data.clone()
 
 
 @contextmanager

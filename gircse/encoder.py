@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,6 +329,8 @@ class GenerativeEncoder(InputModule):
         self.settle_adapter()
         config = self.refinement
         steps = config.num_steps if num_steps is None else num_steps
+        if isinstance(steps, Integral):  # NumPy's too
+            steps = int(steps)
         prompt = (self.decoder, features["input_ids"], features["attention_mask"])
         with self.packed_weights.products(features["input_ids"].device):
             if config.encoder_only:

@@ -300,6 +300,12 @@ class GIRCSE(SentenceTransformer):
         """Token ids of ``prompt + text``; see `GenerativeEncoder.tokenize_texts`."""
         return self.encoder.tokenize_texts(texts, prompt, max_length)
 
+    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> dict[Any, Any]:
+        """As in sentence-transformers. The adapter is folded before the weights are shared, once for all workers."""
+        self.eval()
+        self.encoder.settle_adapter()
+        return super().start_multi_process_pool(target_devices)
+
     def encode_tokenized(
         self, tokenized: TokenizedTexts, *, num_steps: int | None = None, batch_tokens: int | None = None
     ) -> Tensor:

@@ -8,6 +8,7 @@ which takes as much memory as the weights again. See docs/experiments.md for wha
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -57,6 +58,7 @@ class PackedWeights:
         self.enabled = os.environ.get("GIRCSE_PACKED_WEIGHTS") != "0"
         self._packed: dict[tuple[int, bool], _Packed] = {}
         self._budget: float | None = None  # bytes
+        self._lock = threading.Lock()  # over changes of the copies: several threads may encode
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -66,9 +68,15 @@ class PackedWeights:
 
     def refresh(self) -> None:
         """Drop the copies of weights that have changed, or all of them where packing has been switched off."""
-        stale = [key for key, entry in self._packed.items() if not self.enabled or not _is_current(entry)]
-        for key in stale:
-            del self._packed[key]
+        with self._lock:
+            stale = [key for key, entry in self._packed.items() if not self.enabled or not _is_current(entry)]
+            for key in stale:
+                del self._packed[key]
+
+    def drop(self) -> None:
+        """Give the memory of all copies back."""
+        with self._lock:
+            self._packed.clear()
 
     def _has_room(self, weight: Tensor) -> bool:
         if self._budget is None:
@@ -78,12 +86,15 @@ class PackedWeights:
     def products(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which linear layers over float32 parameters on the CPU use packed copies.
 
-        Gradients know nothing of them: where one is wanted, layers compute as always.
+        Gradients know nothing of them, nor does autocast: where either is on, layers compute as always.
 
         Args:
             device: Where the products are computed; on others than the CPU the context does nothing.
         """
-        if device.type != "cpu" or torch.is_grad_enabled():
+        if device.type != "cpu":
+            self.drop()
+            return nullcontext()
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return nullcontext()
         self.refresh()
         return _Products(self)
@@ -115,16 +126,23 @@ class PackedWeights:
 
     def _copy(self, weight: Tensor, transposed: bool) -> Tensor | None:
         key = (id(weight), transposed)
+        if (found := self._found(key, weight)) is not None:
+            return found
+        with self._lock:
+            if (found := self._found(key, weight)) is not None:  # another thread's
+                return found
+            if not self.enabled or not _can_pack(weight) or not self._has_room(weight):
+                return None
+            with torch.inference_mode():
+                rows = weight.detach().t().contiguous() if transposed else weight.detach()
+                packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
+            self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed, weight.nbytes)
+            return packed
+
+    def _found(self, key: tuple[int, bool], weight: Tensor) -> Tensor | None:
         entry = self._packed.get(key)
-        if entry is not None and entry.weight() is weight:  # and no other that has come to its place in memory
-            return entry.packed
-        if not self.enabled or not _can_pack(weight) or not self._has_room(weight):
-            return None
-        with torch.inference_mode():
-            rows = weight.detach().t().contiguous() if transposed else weight.detach()
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
-        self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed, weight.nbytes)
-        return packed
+        # Another weight may have come to its place in memory.
+        return entry.packed if entry is not None and entry.weight() is weight else None
 
 
 def _restored(enabled: bool) -> PackedWeights:
@@ -136,7 +154,7 @@ def _restored(enabled: bool) -> PackedWeights:
 def _can_pack(weight: Tensor) -> bool:
     return (
         torch.backends.mkl.is_available()
-        and isinstance(weight, nn.Parameter)  # and not computed anew at every call
+        and type(weight) is nn.Parameter  # not computed anew at every call, nor quantised behind a float32 face
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.dim() == 2
@@ -148,7 +166,9 @@ def _can_pack(weight: Tensor) -> bool:
 def _is_current(entry: _Packed) -> bool:
     """Whether the weight is there and holds what was packed; peft merges through `.data`, which counts no change."""
     weight = entry.weight()
-    return weight is not None and weight._version == entry.version and torch.equal(_sample(weight), entry.sample)
+    if weight is None or weight._version != entry.version or not _can_pack(weight):
+        return False
+    return torch.equal(_sample(weight), entry.sample)
 
 
 def _sample(weight: Tensor) -> Tensor:

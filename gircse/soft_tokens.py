@@ -80,6 +80,7 @@ class Vocabulary:
         """
         table = self.embedding.weight  # (V, d)
         # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
-        probabilities = self.probabilities(hidden, temperature)[..., : table.shape[0]]
-        mixed = probabilities.to(table.dtype) @ table
+        probabilities = self.probabilities(hidden, temperature)
+        common = min(probabilities.shape[-1], table.shape[0])
+        mixed = probabilities[..., :common].to(table.dtype) @ table[:common]
         return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed

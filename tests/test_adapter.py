@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,6 +111,47 @@ def test_fused_layers_have_the_same_values_and_gradients(backbone: Path, options
     for name, gradient in gradients.items():
         assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
     assert not any("forward" in vars(layer) for layer in lora_layers(model.encoder.backbone)), "nothing is left behind"
+
+
+def test_threads_fold_an_adapter_once(adapted: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted.encoder.fold_adapter = False
+    expected = torch.tensor(adapted.encode(TEXTS))
+    adapted.encoder.fold_adapter = True
+    layer_type = type(lora_layers(adapted.encoder.backbone)[0])
+    original = layer_type.get_delta_weight
+
+    def slow(self: Any, name: str) -> torch.Tensor:
+        time.sleep(0.01)  # time for the other thread to come in between
+        return original(self, name)
+
+    monkeypatch.setattr(layer_type, "get_delta_weight", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: torch.tensor(adapted.encode(TEXTS)), range(2)))
+    assert {tuple(layer.merged_adapters) for layer in lora_layers(adapted.encoder.backbone)} == {("default",)}
+    for vectors in found:
+        torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_shared_memory_are_left_to_the_others(adapted: GIRCSE) -> None:
+    adapted.share_memory()
+    before, places = weights(adapted), base_weights(adapted)
+    shared = [weight.detach() for weight in places]  # what another process sees
+    adapted.encode(TEXTS)
+    assert all(torch.equal(a, b) for a, b in zip(before, shared, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, base_weights(adapted), strict=True))
+
+
+def test_the_active_adapter_is_the_one_that_is_folded(adapted: GIRCSE) -> None:
+    first = torch.tensor(adapted.encode(TEXTS))
+    torch.manual_seed(1)
+    other = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted.encoder.backbone.add_adapter(other, adapter_name="other")
+    adapted.encoder.backbone.requires_grad_(False)
+    second = torch.tensor(adapted.encode(TEXTS))
+    assert not torch.allclose(first, second, atol=1e-2)
+    adapted.encoder.backbone.set_adapter("default")
+    adapted.encoder.backbone.requires_grad_(False)
+    torch.testing.assert_close(torch.tensor(adapted.encode(TEXTS)), first, rtol=1e-4, atol=1e-4)
 
 
 def test_a_shipped_adapter_is_half_the_size_and_the_same_model(adapted: GIRCSE, backbone: Path, tmp_path: Path) -> None:

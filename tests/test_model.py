@@ -220,10 +220,23 @@ def test_explain_adds_up(model: GIRCSE) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_same_vectors(model: GIRCSE) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_several_processes_give_the_same_vectors(backbone: Path, adapted: bool) -> None:
+    torch.manual_seed(0)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora() if adapted else None, device="cpu")
+    model.encoder.backbone.requires_grad_(False)
     texts = [f"{text} {index}" for index in range(4) for text in TEXTS]
+    model.encoder.fold_adapter = False
+    expected = model.encode(texts, num_steps=2)
+    model.encoder.fold_adapter = True
     spread = model.encode(texts, device=["cpu", "cpu"], chunk_size=6, num_steps=2)
-    assert cosines(spread, model.encode(texts, num_steps=2)).min() >= 0.99999
+    assert cosines(spread, expected).min() >= 0.99999
+    assert cosines(model.encode(texts, num_steps=2), expected).min() >= 0.99999, "the workers shared its weights"
+
+
+def test_the_number_of_steps_may_be_numpys(model: GIRCSE) -> None:
+    for steps in np.arange(3):
+        assert (model.encode(TEXTS, num_steps=steps) == model.encode(TEXTS, num_steps=int(steps))).all()
 
 
 @given(

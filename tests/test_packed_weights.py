@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,6 +140,45 @@ def test_all_copies_together_keep_within_the_share(monkeypatch: pytest.MonkeyPat
     del layers[:]
     weights.refresh()
     assert not len(weights)
+
+
+def test_no_copies_stay_when_the_model_leaves_the_cpu() -> None:
+    layer, weights = nn.Linear(8, 8), PackedWeights()
+    with torch.no_grad(), weights.products(CPU):
+        layer(torch.randn(9, 8))
+    assert len(weights) == 1
+    with torch.no_grad(), weights.products(torch.device("meta")):
+        assert not len(weights)
+
+
+def test_autocast_keeps_its_dtype() -> None:
+    layer, weights = nn.Linear(8, 8), PackedWeights()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), weights.products(CPU):
+        assert layer(torch.randn(9, 8)).dtype == torch.bfloat16
+
+
+def test_a_weight_that_is_turned_round_is_no_longer_packed() -> None:
+    layer, weights, x = nn.Linear(8, 8, bias=False), PackedWeights(), torch.randn(9, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            with weights.products(CPU):
+                found = layer(x)
+            torch.testing.assert_close(found, layer(x))
+            layer.weight.data = layer.weight.data.t()
+
+
+def test_threads_may_pack_and_look_at_the_same_time() -> None:
+    layers, weights, x = [nn.Linear(16, 16) for _ in range(200)], PackedWeights(), torch.randn(9, 16)
+
+    def work(start: int) -> None:
+        with torch.no_grad():
+            for layer in layers[start:] + layers[:start]:
+                with weights.products(CPU):
+                    torch.testing.assert_close(layer(x), F.linear(x.clone(), layer.weight, layer.bias))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, (0, 50, 100, 150)))
+    assert len(weights) == 200
 
 
 def test_an_environment_variable_switches_packing_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -12,6 +12,7 @@ from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UsageError
 from gircse.prompts import shared_prefix
 from gircse.refiner import keep_finished, pool_steps, refine
+from gircse.soft_tokens import Vocabulary
 from tests.tiny import FAMILIES, random_batch, tiny_model
 
 STEPS = 4
@@ -137,3 +138,12 @@ def test_the_shared_prefix_is_found_and_leaves_every_row_a_token() -> None:
 
 def test_every_listed_family_is_in_the_matrix() -> None:
     assert {str(make().model_type) for make in FAMILIES.values()} == PARITY_TESTED
+
+
+@pytest.mark.parametrize(("head", "table"), [(10, 12), (12, 10), (11, 11)])
+def test_a_head_and_a_table_of_different_lengths_agree_on_what_both_have(head: int, table: int) -> None:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(nn.Linear(8, head, bias=False), nn.Embedding(table, 8))
+    hidden, common = torch.randn(3, 8), min(head, table)
+    weights = torch.softmax(vocabulary.logits(hidden), dim=-1)[:, :common]
+    torch.testing.assert_close(vocabulary.soft_token(hidden), weights @ vocabulary.embedding.weight[:common])

@@ -299,6 +299,7 @@ def _environment(model: GIRCSE) -> dict[str, str | int]:
         "backbone": model.encoder.reference.name,
         "device": f"{kind} ({chip})",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "packed_weights": str(model.encoder.packed_weights.enabled),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
         "transformers_version": version("transformers"),
