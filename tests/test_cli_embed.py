@@ -38,6 +38,7 @@ class CommandModel(HashingModel):
         torch.nn.init.zeros_(self.weights.bias)
         self.encoder = self
         self.reference = SimpleNamespace(name="tiny")
+        self.packed_weights = SimpleNamespace(enabled=True)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"pooling": "mean"}
