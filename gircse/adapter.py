@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _changing = threading.Lock()
@@ -65,7 +66,7 @@ def unfold(layers: list[LoraLayer]) -> None:
 
 def _make_own(layer: LoraLayer) -> None:
     """A copy of weights in shared memory, with which other processes compute."""
-    weight = layer.get_base_layer().weight
+    weight = cast(Tensor, layer.get_base_layer().weight)
     if weight.device.type == "cpu" and weight.is_shared():
         weight.data = weight.data.clone()
 

@@ -117,7 +117,7 @@ def test_threads_fold_an_adapter_once(adapted: GIRCSE, monkeypatch: pytest.Monke
     adapted.encoder.fold_adapter = False
     expected = torch.tensor(adapted.encode(TEXTS))
     adapted.encoder.fold_adapter = True
-    layer_type = type(lora_layers(adapted.encoder.backbone)[0])
+    layer_type: Any = type(lora_layers(adapted.encoder.backbone)[0])
     original = layer_type.get_delta_weight
 
     def slow(self: Any, name: str) -> torch.Tensor:

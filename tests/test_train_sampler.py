@@ -25,12 +25,10 @@ BATCH = 4
 
 def sampler(kind: Any, **options: Any) -> Any:
     """As the trainer makes it: one generator for the order of sources and of rows."""
-    sources = [[name] * size for name, size in SIZES.items()]
+    sources: list[Any] = [[name] * size for name, size in SIZES.items()]
     generator = torch.Generator().manual_seed(7)
-    own = [
-        DefaultBatchSampler(RandomSampler(rows, generator=generator), batch_size=BATCH, drop_last=True)
-        for rows in sources
-    ]
+    orders: list[Any] = [RandomSampler(rows, generator=generator) for rows in sources]
+    own = [DefaultBatchSampler(order, batch_size=BATCH, drop_last=True) for order in orders]
     return kind(ConcatDataset(sources), batch_samplers=own, generator=generator, seed=7, **options)
 
 

@@ -125,7 +125,9 @@ def check_paraphrases(names: Iterable[str], requests: Sequence[TaskRequest], dat
     wanted = set(names) - {"*"}
     if unasked := wanted - {request.name for request in requests}:
         raise UsageError(f"--instructions names {', '.join(sorted(unasked))}, which is none of the tasks to score")
-    for name in sorted(wanted) if data is not None else ():
+    if data is None:
+        return
+    for name in sorted(wanted):
         kind = describe(data / name, known_tasks()).kind
         if kind in OWN_INSTRUCTIONS:
             raise UsageError(
