@@ -181,7 +181,7 @@ class GenerativeEncoder(InputModule):
             same vectors up to rounding, at half the time on a CPU. Set it to False where the weights of the backbone
             must stay as they are, bit by bit.
         packed_weights: Copies of the linear layers' weights that make soft tokens faster on a CPU and take as much
-            memory as those weights again; made only where that is a small part of what is free. Set its ``enabled`` to
+            memory as those weights again, together at most a quarter of what is free at first. Set its ``enabled`` to
             False to keep the memory.
 
     Raises:

@@ -5,6 +5,8 @@ Knows names, folders and the hub; knows nothing of what the models are used for.
 
 from __future__ import annotations
 
+import os
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,6 +36,30 @@ def load_other_model(
         return SentenceTransformer(place, device=device, model_kwargs={"dtype": dtype})
     except (OSError, ValueError, ImportError) as error:
         raise GircseError(f"{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+
+def is_on_hub(name: str) -> bool | None:
+    """Whether the hub or its cache on this machine has a model.
+
+    Args:
+        name: A hub id; models of sentence-transformers go by their bare names too.
+
+    Returns:
+        None where the hub does not answer.
+    """
+    from huggingface_hub import repo_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    repos = [name] if "/" in name else [name, f"sentence-transformers/{name}"]
+    places = product(repos, ("modules.json", "config.json"), (None, os.environ.get("SENTENCE_TRANSFORMERS_HOME")))
+    try:
+        if any(isinstance(try_to_load_from_cache(*place), str) for place in places):
+            return True
+        return any(repo_exists(repo) for repo in repos)
+    except (HFValidationError, OfflineModeIsEnabled):
+        return False
+    except Exception:  # no network, or a server that fails: what its client raises then is not one family
+        return None
 
 
 def minilm_folder() -> Path:

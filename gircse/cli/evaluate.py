@@ -9,7 +9,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,33 +189,15 @@ def parse_steps(text: str | None) -> list[int] | None:
 
 def _check_model(name: str | None) -> None:
     """What can be known of a model without loading it: its folder or package, or that the hub has one of the name."""
-    from gircse.other_models import MINILM, minilm_folder
+    from gircse.other_models import MINILM, is_on_hub, minilm_folder
 
     if name is None or Path(name).is_dir():
         return
     if name.lower() == MINILM:
         minilm_folder()
-    elif not _may_be_on_hub(name):
+    elif is_on_hub(name) is False:  # where the hub does not answer, loading will say so
         where = "there is no such folder, and none of that name on the hub or, offline, in its cache"
         raise UsageError(f"no model {name!r}: {where}; a known name is {MINILM}")
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Whether the hub or its cache has a model of a name; true as well where the hub does not answer."""
-    from huggingface_hub import repo_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-
-    # sentence-transformers' own models go by their bare names too, and its cache may be another one
-    repos = [name] if "/" in name else [name, f"sentence-transformers/{name}"]
-    places = product(repos, ("modules.json", "config.json"), (None, os.environ.get("SENTENCE_TRANSFORMERS_HOME")))
-    try:
-        if any(isinstance(try_to_load_from_cache(*place), str) for place in places):
-            return True
-        return any(repo_exists(repo) for repo in repos)
-    except (HFValidationError, OfflineModeIsEnabled):
-        return False
-    except Exception:  # no network, or a server that fails: loading the model will say so
-        return True
 
 
 def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dtype: WeightsDtype) -> TextSource:

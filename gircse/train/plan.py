@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError
-from gircse.other_models import MINILM, minilm_folder
+from gircse.other_models import MINILM, is_on_hub, minilm_folder
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
@@ -137,29 +137,21 @@ def describe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _find_start(place: str) -> None:
-    if not _is_saved(place, ["modules.json"]):
+    if not _is_there(place):
         raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
 
 
 def _find_teacher(name: str) -> None:
     if name.lower() == MINILM:
         minilm_folder()
-    elif not _is_saved(name, ["modules.json", "config.json"]):
+    elif not _is_there(name):
         raise GircseError(f"{name} is no SentenceTransformer, in a folder or on the hub; correct the name")
 
 
-def _is_saved(place: str, files: list[str]) -> bool:
-    """Whether a folder, the hub's cache or the hub has one of the files that a saved model begins with."""
-    from huggingface_hub import file_exists, try_to_load_from_cache
-
+def _is_there(place: str) -> bool:
     if Path(place).is_dir():
-        return any((Path(place) / name).is_file() for name in files)
-    try:
-        if any(isinstance(try_to_load_from_cache(place, name), str) for name in files):
-            return True
-        return any(file_exists(place, name) for name in files)
-    except Exception:  # no name of the hub's, no network, no access: what its client raises is not one family
-        return False
+        return any((Path(place) / name).is_file() for name in ("modules.json", "config.json"))
+    return bool(is_on_hub(place))
 
 
 def _describe_evaluation(recipe: Recipe) -> dict[str, Any]:

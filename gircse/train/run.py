@@ -76,6 +76,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
     with fused_lora(model, model.encoder.packed_weights):
         trainer.train(resume_from_checkpoint=last if resume else None)
+    model.encoder.packed_weights.drop()  # half of them served gradients
     if evaluator is not None:
         best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
         model.encoder.training_facts["best"] = best
