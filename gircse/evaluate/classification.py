@@ -63,7 +63,8 @@ def classification_scores(y_test: Any, y_pred: Any) -> dict[str, float | None]:
         number; with two true labels the average precision of the predictions, else None.
     """
     true, predicted = np.asarray(y_test), np.asarray(y_pred)
-    *measures, of_true = precision_recall_fscore_support(true, predicted, average=None, zero_division=0)
+    undefined_is: Any = 0  # scikit-learn takes numbers here; type checkers see only the "warn" of its default
+    *measures, of_true = precision_recall_fscore_support(true, predicted, average=None, zero_division=undefined_is)
     scores: dict[str, float | None] = {"accuracy": float(np.mean(true == predicted))}
     for name, values in zip(("precision", "recall", "f1"), measures, strict=True):  # each by label
         scores[name] = float(np.mean(values))
