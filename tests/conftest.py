@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +33,18 @@ def model(backbone: Path) -> GIRCSE:
 def shipped() -> GIRCSE:
     """The model that ships with the package, over the real backbone."""
     return GIRCSE(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium. For one file of tests: the loop it keeps running is in the way of other files' event loops."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path")
+    playwright = pytest.importorskip("playwright.sync_api")
+    quiet = ["background-networking", "component-update", "quic", "sync", "gpu"]
+    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()

@@ -233,6 +233,19 @@ def test_other_wordings_are_not_scored_where_every_facet_or_row_has_its_own(
     assert [result.facts["paraphrase"] for result in results.all] == [None] * len(results.all)
 
 
+def test_other_wordings_of_facets(model: GIRCSE, data: Path, tmp_path: Path) -> None:
+    wordings = {"MyFacets": [{"parity": "Count it"}, {"parity": "Add it", "topic": "Read it"}], "*": ["Look"]}
+    _, results = score(Counting(model, (2,)), data, tmp_path, "MyFacets", paraphrases=wordings)
+    own = results.by_cell["MyFacets", results.columns[0]].facts
+    found = {r.facts["paraphrase"]: r.facts for r in results.all if r.task == "MyFacets"}
+    assert found[1]["instructions"] == {**own["instructions"], "parity": "Count it"}
+    assert found[2]["instructions"] == {"parity": "Add it", "topic": "Read it"}
+    by_facet = [{e["subset"]: e["score"] for e in facts["subsets"]} for facts in (own, found[1], found[2])]
+    assert by_facet[1]["topic"] == by_facet[0]["topic"], "a facet that is left out keeps its own instruction"
+    assert by_facet[1]["parity"] != by_facet[0]["parity"]
+    assert [r.facts["paraphrase"] for r in results.all if r.task != "MyFacets"] == [None]
+
+
 def test_a_perturbation_of_another_seed_is_another_result(model: GIRCSE, data: Path, tmp_path: Path) -> None:
     def stages(seed: int) -> list[str]:
         source = Counting(model, (1,))

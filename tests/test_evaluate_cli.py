@@ -56,7 +56,7 @@ def test_from_folders_to_a_report(saved: list[str], tmp_path: Path) -> None:
     data, output, page = tmp_path / "data", tmp_path / "results", tmp_path / "page" / "report.html"
     write_all(data)
     words = tmp_path / "words.yaml"
-    words.write_text("STSBenchmark: [Look at the numbers]\n")
+    words.write_text("STSBenchmark: [Look at the numbers]\nMyFacets: {parity: [Count it, Add it]}\n")
     command = ["evaluate", "--tasks", "STSBenchmark,MyFacets", "--data", data, "-o", output, "--model", saved[0]]
     command += ["--against", saved[1], "--num-steps", "0-2", "--perturb", "typos", "--instructions", words, "--json"]
     code, out = call(*command)
@@ -95,7 +95,7 @@ def test_from_folders_to_a_report(saved: list[str], tmp_path: Path) -> None:
     assert mean == pytest.approx((facets + sts) / 2, abs=0.11)
     with pytest.raises(UsageError, match="choose one"):
         call("report", output, "--markdown", "--json")
-    shown = json.loads(call("report", output, "--json")[1])
+    shown = json.loads(call("report", output, "--json")[1])["results"]
     assert {row["perturbation"] for row in shown} == {None, "typos"}
     results = read_results(output)
     found = results.comparison("STSBenchmark", "first K=2", "second K=2")
@@ -187,16 +187,26 @@ def test_wrong_calls(tmp_path: Path) -> None:
     words = tmp_path / "words.yaml"
     words.write_text("STS12: not a list\n")
     (tmp_path / "STS12").mkdir()
-    with pytest.raises(InputDataError, match="map tasks to such lists"):
+    with pytest.raises(InputDataError, match="STS12: must be a list of instructions, or map facets to such lists"):
         call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
     words.write_text("STS21: [Look at the numbers]\n")
     with pytest.raises(UsageError, match="--instructions names STS21"):
         call("evaluate", "--tasks", "STS12", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
     write_all(tmp_path)
-    for kind, of in (("Facets", "facet"), ("Triplets", "row")):
-        words.write_text(f"'*': [Look at the numbers]\nMy{kind}: [Look at the numbers]\n")
-        with pytest.raises(UsageError, match=f"names My{kind}, but a {kind} task has an instruction for every {of}"):
-            call("evaluate", "--tasks", f"My{kind}", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+    for text, said in (
+        ("MyFacets: [Look at it]", "MyFacets has an instruction for every facet; map some of topic, parity to lists"),
+        ("MyFacets: {size: [Look at it]}", "map some of topic, parity to lists"),
+        ("MyTriplets: [Look at it]", "names MyTriplets, but a Triplets task has an instruction for every row"),
+        ("STS12: {parity: [Look at it]}", "gives STS12 wordings of facets, which it has none of"),
+        ("'*': {parity: [Look at it]}", "wordings of facets"),
+    ):
+        words.write_text(text)
+        task = text.split(":")[0].replace("'*'", "MyFacets")
+        with pytest.raises(UsageError, match=said):
+            call("evaluate", "--tasks", task, "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+    words.write_text("MyFacets: {parity: [One, Two], topic: [Three]}")
+    with pytest.raises(InputDataError, match="MyFacets: every facet needs the same number of wordings"):
+        call("evaluate", "--tasks", "MyFacets", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
 
 
 def test_lists_of_steps() -> None:

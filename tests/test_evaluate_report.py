@@ -218,11 +218,37 @@ def test_unknown_costs_are_no_numbers(tmp_path: Path) -> None:
 def test_json_tells_wordings_apart(tmp_path: Path) -> None:
     write_result(tmp_path, "first", 2, "Pairs")
     write_result(tmp_path, "first", 2, "Pairs", paraphrase=1, instructions={"default": "Name it"})
-    rows = json.loads(shown(tmp_path, "--json"))
+    rows = json.loads(shown(tmp_path, "--json"))["results"]
     assert {(row["paraphrase"], row["instructions"]["default"]) for row in rows} == {
         (None, "Say what it is"),
         (1, "Name it"),
     }
+
+
+def test_json_has_the_comparisons(tmp_path: Path) -> None:
+    for model, offset in (("first", 0.0), ("second", -0.05)):
+        for task in ("Pairs", "Questions"):
+            write_result(tmp_path, model, 5, task, offset, own_steps=5)
+    found = json.loads(shown(tmp_path, "--json"))
+    (comparison,) = found["comparisons"]
+    assert {row["column"] for row in found["results"]} == {comparison["first"], comparison["second"]}
+    assert {row["task"] for row in comparison["rows"]} == {"Pairs", "Questions"}
+    results = read_results(tmp_path)
+    mean = results.mean_comparison(comparison["first"], comparison["second"])
+    assert mean is not None
+    assert comparison["mean"]["count"] == 2
+    assert comparison["mean"]["difference"] == pytest.approx(100 * mean.test.difference)
+    assert comparison["mean"]["low"] <= comparison["mean"]["difference"] <= comparison["mean"]["high"]
+
+
+def test_wordings_of_facets_name_them(tmp_path: Path) -> None:
+    write_result(tmp_path, "first", 2, "Pairs", instructions={"topic": "Of what", "language": "In what"})
+    other = {"topic": "About what", "language": "Which tongue"}
+    write_result(tmp_path, "first", 2, "Pairs", 0.02, paraphrase=1, instructions=other)
+    write_report(read_results(tmp_path), tmp_path / "report.html")
+    details = (tmp_path / "report.html").read_text().split("<details>")[1].split("</details>")[0]
+    assert "topic: Of what; language: In what" in details
+    assert "topic: About what; language: Which tongue" in details
 
 
 def test_every_wording_is_listed_with_its_score(tmp_path: Path) -> None:
@@ -259,3 +285,30 @@ def test_noise_is_tested_in_pairs_under_its_seed(tmp_path: Path) -> None:
     between = f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
     assert f"<td>{between}</td><td>{escape(p_text(test.p))}</td><td>40</td>" in rows["Pairs"]
     assert rows["Groups"].count("<td>–</td>") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(tmp_path: Path, browser: Any, width: int) -> None:
+    for model in ("a-model-whose-name-is-rather-long", "second"):
+        for step in (0, 2, 5, 10):
+            for task in ITEMS:
+                write_result(tmp_path, model, step, task, own_steps=5)
+    hostile = "<script>window.hacked = 1</script>" + "looooooong" * 20
+    write_result(tmp_path, "second", 5, "Pairs", 0.01, paraphrase=1, instructions={"default": hostile})
+    write_report(read_results(tmp_path), tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "only tables scroll sideways"
+    assert page.locator(".score-table tr:has-text('Pairs') td").count() == 1 + 8
+    drawn = page.locator(".plots svg").evaluate_all("all => all.map(one => one.getBoundingClientRect())")
+    assert len(drawn) >= 3
+    assert all(200 < plot["width"] <= width and plot["height"] > 100 for plot in drawn)
+    page.locator("summary", has_text="every wording").click()
+    assert page.get_by_text(hostile).first.is_visible()
+    assert page.evaluate("window.hacked") is None
+    assert problems == [], "nothing is asked of a network"
+    page.close()

@@ -30,6 +30,7 @@ from gircse.errors import InputDataError, UsageError
 if TYPE_CHECKING:
     from gircse.evaluate.encoder import TextSource
     from gircse.evaluate.run import Event
+    from gircse.evaluate.suites import Wording
 
 _WHAT, _HOW = "What is scored", "How"
 _LOG_EVERY = 15.0  # seconds between progress lines
@@ -72,7 +73,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML, task to a list of other wordings of its one instruction: how much depends on the words?",
+            help="YAML, task to other wordings of its instruction, or of each facet's: how much depends on the words?",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -208,7 +209,7 @@ def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dty
         return load_source(name, steps, device=device, dtype=dtype)
 
 
-def _read_instructions(path: Path) -> dict[str, list[str]]:
+def _read_instructions(path: Path) -> dict[str, list[Wording]]:
     import yaml
 
     try:
@@ -219,12 +220,24 @@ def _read_instructions(path: Path) -> dict[str, list[str]]:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         raise InputDataError(str(path), None if line is None else line + 1, "no valid YAML") from error
     values = {"*": values} if isinstance(values, list) else values
-    if not isinstance(values, Mapping) or not all(
-        isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-        for texts in values.values()
-    ):
+    if not isinstance(values, Mapping):
         raise InputDataError(str(path), None, "must be a list of instructions, or map tasks to such lists")
-    return {str(task): list(texts) for task, texts in values.items()}
+    return {str(task): _wordings(entry, path, str(task)) for task, entry in values.items()}
+
+
+def _wordings(entry: Any, path: Path, task: str) -> list[Wording]:
+    """A list of instructions as it is; of a mapping of facets to lists the first of each, the second of each and on."""
+    lists = list(entry.values()) if isinstance(entry, Mapping) else [entry]
+    for texts in lists or [None]:
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise InputDataError(
+                str(path), None, f"{task}: must be a list of instructions, or map facets to such lists"
+            )
+    if not isinstance(entry, Mapping):
+        return list(entry)
+    if len({len(texts) for texts in lists}) > 1:
+        raise InputDataError(str(path), None, f"{task}: every facet needs the same number of wordings")
+    return [dict(zip(map(str, entry), texts, strict=True)) for texts in zip(*lists, strict=True)]
 
 
 def _say(text: str) -> None:

@@ -174,10 +174,12 @@ def _cell(score: float, interval: tuple[float, float] | None) -> str:
     return f"{score:.1f}" if interval is None else f"{score:.1f} ± {(interval[1] - interval[0]) / 2:.1f}"
 
 
-def _as_json(results: Results) -> list[dict[str, Any]]:
+def _as_json(results: Results) -> dict[str, Any]:
     asked = ("task", "kind", "main_score", "model", "revision", "num_steps", "dtype", "sample")
     keys = (*asked, "perturbation", "paraphrase", "instructions", "cost")
-    return [
-        {key: result.facts[key] for key in keys} | {"score": result.score, "interval": result.interval}
+    rows = [
+        {key: result.facts[key] for key in keys}
+        | {"column": result.column, "score": result.score, "interval": result.interval}
         for result in results.all
     ]
+    return {"results": rows, "comparisons": results.comparison_tables()}

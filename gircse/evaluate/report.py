@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from gircse.evaluate.plots import STYLE, draw_all
 from gircse.evaluate.results import CONTROL, Result, Results
-from gircse.evaluate.statistics import DRAWS, SEED, Comparison, p_text
+from gircse.evaluate.statistics import DRAWS, SEED, p_text
 
 
 def write_report(results: Results, output: Path) -> Path:
@@ -53,7 +53,7 @@ def write_report(results: Results, output: Path) -> Path:
         kinds=_score_table(results),
         means=_means(results),
         common=common,
-        comparisons=_comparisons(results),
+        comparisons=results.comparison_tables(),
         costs=results.costs(),
         facets=_facets(results),
         wordings=_wordings(results),
@@ -110,24 +110,6 @@ def _means(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _comparisons(results: Results) -> list[dict[str, Any]]:
-    """A table for each pair of columns worth one: a row a task, and the mean over them where there are several."""
-    tables = []
-    for first, second in results.compared():
-        overall = results.mean_comparison(first, second)
-        if overall is None:
-            continue
-        found = [(task, results.comparison(task, first, second)) for task in overall.tasks]
-        rows = [{"task": task, **_test(test)} for task, test in found if test is not None]
-        mean = {"count": len(rows), **_test(overall.test)} if len(rows) > 1 else None
-        tables.append({"first": first, "second": second, "rows": rows, "mean": mean, "unpaired": overall.unpaired})
-    return tables
-
-
-def _test(test: Comparison) -> dict[str, float]:
-    return {key: 100 * getattr(test, key) for key in ("difference", "low", "high")} | {"p": test.p, "n": test.n}
-
-
 def _facets(results: Results) -> list[dict[str, Any]]:
     """Scores of each facet under its own instruction and under the others', per column."""
     rows = []
@@ -162,7 +144,10 @@ def _worded(results: Results) -> dict[tuple[str, str], list[Result]]:
 
 
 def _wording(result: Result) -> str:
-    return next(iter(result.facts["instructions"].values()))
+    instructions: dict[str, str] = result.facts["instructions"]
+    if len(instructions) == 1:
+        return next(iter(instructions.values()))
+    return "; ".join(f"{subset}: {instruction}" for subset, instruction in instructions.items())
 
 
 def _wordings(results: Results) -> list[dict[str, Any]]:
@@ -216,7 +201,7 @@ def _noise(results: Results) -> list[dict[str, Any]]:
                     "column": cell.column,
                     "clean": clean.score,
                     "noisy": cell.score,
-                    "test": None if test is None else _test(test),
+                    "test": None if test is None else test.as_percent(),
                 }
             )
     place = {column: at for at, column in enumerate(results.columns)}

@@ -235,6 +235,23 @@ class Results:
         unpaired = [task for task in tasks if task not in tests]
         return MeanComparison(mean_of(list(tests.values())), list(tests), unpaired)
 
+    def comparison_tables(self) -> list[dict[str, Any]]:
+        """Of each pair of columns worth a comparison its tests by task, and of the mean where there are several.
+
+        Keys: ``first``, ``second``, ``rows`` (each a ``task`` and its test), ``mean`` (a test and the ``count`` of
+        tasks, or None), ``unpaired`` (tasks whose items do not pair). A test is as `Comparison.as_percent` has it.
+        """
+        tables = []
+        for first, second in self.compared():
+            overall = self.mean_comparison(first, second)
+            if overall is None:
+                continue
+            found = [(task, self.comparison(task, first, second)) for task in overall.tasks]
+            rows = [{"task": task, **test.as_percent()} for task, test in found if test is not None]
+            mean = {"count": len(rows), **overall.test.as_percent()} if len(rows) > 1 else None
+            tables.append({"first": first, "second": second, "rows": rows, "mean": mean, "unpaired": overall.unpaired})
+        return tables
+
 
 def read_results(folder: Path) -> Results:
     """All results of a folder that `gircse evaluate -o` wrote.

@@ -39,7 +39,7 @@ from gircse.evaluate.items import items_of
 from gircse.evaluate.perturb import DESCRIPTIONS, perturb
 from gircse.evaluate.results import unpack_items
 from gircse.evaluate.statistics import DRAWS, Items, interval
-from gircse.evaluate.suites import TaskRequest, plan
+from gircse.evaluate.suites import TaskRequest, Wording, plan
 from gircse.evaluate.tasks import OTHER_INSTRUCTION, OWN_INSTRUCTIONS, PlannedTask
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class EvaluationSettings:
         limit: Items to keep of every task; None for each request's own limit.
         seed: Of samples, perturbations and bootstrap.
         perturbations: Kinds of noise to score besides the clean texts.
-        paraphrases: Task to other wordings of its instruction, to score besides its own; ``*`` for every task. Kinds
-            that have an instruction for every facet or row are left out, see `check_paraphrases`.
+        paraphrases: Task to other wordings of its instruction, to score besides its own; of a facet task each maps
+            facets to wordings. ``*`` stands for every task with one instruction. See `check_paraphrases`.
         overwrite: Score again what is scored already.
     """
 
@@ -63,7 +63,7 @@ class EvaluationSettings:
     limit: int | None = None
     seed: int = 42
     perturbations: tuple[str, ...] = ()
-    paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    paraphrases: Mapping[str, Sequence[Wording]] = field(default_factory=dict)
     overwrite: bool = False
 
 
@@ -73,7 +73,7 @@ class Variant:
 
     perturbation: str | None = None
     paraphrase: int | None = None
-    instruction: str | None = None
+    wording: Wording | None = None
 
     def __str__(self) -> str:
         paraphrase = f" (wording {self.paraphrase})" if self.paraphrase else ""
@@ -85,9 +85,16 @@ class Variant:
         named: dict[str, Any] = {}
         if self.perturbation:
             named["perturbation"] = self.perturbation
-        if self.instruction is not None:
-            named["instruction"] = sha256(self.instruction.encode()).hexdigest()[:8]
+        if self.wording is not None:
+            text = self.wording if isinstance(self.wording, str) else json.dumps(self.wording, sort_keys=True)
+            named["instruction"] = sha256(text.encode()).hexdigest()[:8]
         return named
+
+    def reword(self, instructions: Mapping[str, str]) -> dict[str, str]:
+        """The instructions of a task's subsets under this variant."""
+        if isinstance(self.wording, str):
+            return dict.fromkeys(instructions, self.wording)
+        return {**instructions, **(self.wording or {})}
 
 
 @dataclass(frozen=True)
@@ -171,10 +178,10 @@ def _variants(task: PlannedTask, source: TextSource, settings: EvaluationSetting
         return
     for kind in settings.perturbations:
         yield Variant(perturbation=kind)
-    if isinstance(source, GenerativeSource) and task.kind not in OWN_INSTRUCTIONS:  # who reads instructions
-        wordings = settings.paraphrases.get(task.name, settings.paraphrases.get("*", ()))
-        for number, instruction in enumerate(wordings, 1):
-            yield Variant(paraphrase=number, instruction=instruction)
+    if isinstance(source, GenerativeSource):  # who reads instructions
+        for_all = () if task.kind in OWN_INSTRUCTIONS else settings.paraphrases.get("*", ())
+        for number, wording in enumerate(settings.paraphrases.get(task.name, for_all), 1):
+            yield Variant(paraphrase=number, wording=wording)
 
 
 def _run_task(
@@ -190,9 +197,7 @@ def _run_task(
     store.on_progress = lambda done, total: emit("texts", done=done, total=total)
     sampled = {"limit": planned.limit, "seed": settings.seed} if planned.limit is not None else {}
     metas = {step: model_meta(source, step, {**sampled, **variant.settings}) for step in source.steps}
-    instructions = dict(planned.instructions)
-    if variant.instruction is not None:
-        instructions = dict.fromkeys(instructions, variant.instruction)
+    instructions = variant.reword(planned.instructions)
     prompts = {subset: source.prompt(instruction, None) for subset, instruction in instructions.items()}
     fingerprint: dict[str, Any] = {"prompts": prompts, "data": planned.checksum or planned.task.metadata.revision}
     if variant.perturbation is not None:

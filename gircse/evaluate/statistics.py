@@ -81,6 +81,11 @@ class Comparison:
     n: int
     samples: np.ndarray = field(repr=False, compare=False)
 
+    def as_percent(self) -> dict[str, float]:
+        """``difference``, ``low`` and ``high`` × 100, ``p`` and ``n``."""
+        spread = {"difference": self.difference, "low": self.low, "high": self.high}
+        return {name: 100 * value for name, value in spread.items()} | {"p": self.p, "n": self.n}
+
 
 def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap samples."""

@@ -6,7 +6,7 @@ Knows names and where tasks come from; knows nothing of models or scores.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ import yaml
 from mteb.abstasks.abstask import AbsTask
 
 from gircse.errors import InputDataError, UsageError
-from gircse.evaluate.folders import describe
+from gircse.evaluate.folders import describe, read_folder
 from gircse.evaluate.tasks import OWN_INSTRUCTIONS, PlannedTask, hub_task, known_tasks, local_tasks
 
 _FOLDER = Path(__file__).parent / "suites"
+
+Wording = str | Mapping[str, str]
+"""Another wording of a task's instruction, or of those of its facets: facet to wording."""
 
 
 @dataclass(frozen=True)
@@ -110,30 +113,45 @@ def expand(requests: Sequence[TaskRequest], data: Path | None) -> list[TaskReque
     return found
 
 
-def check_paraphrases(names: Iterable[str], requests: Sequence[TaskRequest], data: Path | None) -> None:
+def check_paraphrases(
+    paraphrases: Mapping[str, Sequence[Wording]], requests: Sequence[TaskRequest], data: Path | None
+) -> None:
     """Check that other wordings can be scored for the tasks that they are given for.
 
     Args:
-        names: Tasks that other wordings are given for; ``*`` stands for all that can have them.
+        paraphrases: Task to its other wordings; ``*`` stands for all tasks that have one instruction.
         requests: What is to be scored, as `expand` returns it.
         data: Folder of task folders; None for the hub's tasks, which have one instruction each.
 
     Raises:
-        UsageError: A name is none of the requests', or its task has more than one instruction.
+        UsageError: A name is none of the requests'; its task has an instruction for every row; or facets are given for
+            a task without them, or unknown ones, or none for a task that has them.
         InputDataError: The folder of a name does not say what it is.
     """
-    wanted = set(names) - {"*"}
-    if unasked := wanted - {request.name for request in requests}:
+    if unasked := set(paraphrases) - {"*"} - {request.name for request in requests}:
         raise UsageError(f"--instructions names {', '.join(sorted(unasked))}, which is none of the tasks to score")
-    if data is None:
+    for name, wordings in sorted(paraphrases.items()):
+        _check_wordings(name, wordings, None if data is None or name == "*" else data)
+
+
+def _check_wordings(name: str, wordings: Sequence[Wording], data: Path | None) -> None:
+    description = None if data is None else describe(data / name, known_tasks())
+    given = {facet for wording in wordings if isinstance(wording, Mapping) for facet in wording}
+    if data is None or description is None or description.kind not in OWN_INSTRUCTIONS:
+        if given:
+            raise UsageError(f"--instructions gives {name} wordings of facets, which it has none of; give a list")
         return
-    for name in sorted(wanted):
-        kind = describe(data / name, known_tasks()).kind
-        if kind in OWN_INSTRUCTIONS:
-            raise UsageError(
-                f"--instructions names {name}, but a {kind} task has an instruction for {OWN_INSTRUCTIONS[kind]}, "
-                "and other wordings are of one; take it out of the file"
-            )
+    per = OWN_INSTRUCTIONS[description.kind]
+    if description.kind != "Facets":
+        raise UsageError(
+            f"--instructions names {name}, but a {description.kind} task has an instruction for {per}, and other "
+            "wordings are of one; take it out of the file"
+        )
+    facets = read_folder(data / (description.folder or name), description).facets
+    if not given or not given <= set(facets):
+        raise UsageError(
+            f"--instructions: {name} has an instruction for {per}; map some of {', '.join(facets)} to lists of wordings"
+        )
 
 
 def plan(request: TaskRequest, data: Path | None, limit: int | None) -> list[PlannedTask]:
