@@ -24,7 +24,7 @@ DEFAULT_EXACT_BELOW = 50_000
 DEFAULT_CANDIDATES = 50
 """How many chunks of the first stage are ranked again by the second."""
 
-DEFAULT_MIN_SIMILARITY = 0.82
+DEFAULT_MIN_SIMILARITY = 0.85
 """Cosine similarity to the question below which a passage is not used for an answer."""
 
 DEFAULT_CONTEXT_TOKENS = 768
