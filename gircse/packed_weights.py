@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,9 @@ class _Packed:
 
     weight: weakref.ref[Tensor]
     version: int
-    sample: Tensor
+    address: int
+    places: Tensor  # a view of a few values of the weight
+    sample: Tensor  # the same values when it was packed
     packed: Tensor
     nbytes: int
 
@@ -69,8 +71,15 @@ class PackedWeights:
     def refresh(self) -> None:
         """Drop the copies of weights that have changed, or all of them where packing has been switched off."""
         with self._lock:
-            stale = [key for key, entry in self._packed.items() if not self.enabled or not _is_current(entry)]
-            for key in stale:
+            if not self.enabled:
+                self._packed.clear()
+            for key in [key for key, entry in self._packed.items() if not _is_in_place(entry)]:
+                del self._packed[key]
+            entries = list(self._packed.values())
+            # One comparison for all: this runs before every encode, and one for each of 211 weights took 9 ms.
+            if not entries or torch.equal(_join(e.places for e in entries), _join(e.sample for e in entries)):
+                return
+            for key in [key for key, entry in self._packed.items() if not torch.equal(entry.places, entry.sample)]:
                 del self._packed[key]
 
     def drop(self) -> None:
@@ -136,7 +145,10 @@ class PackedWeights:
             with torch.inference_mode():
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
                 packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
-            self._packed[key] = _Packed(weakref.ref(weight), weight._version, _sample(weight), packed, weight.nbytes)
+            places = _places(weight)
+            self._packed[key] = _Packed(
+                weakref.ref(weight), weight._version, weight.data_ptr(), places, places.clone(), packed, weight.nbytes
+            )
             return packed
 
     def _found(self, key: tuple[int, bool], weight: Tensor) -> Tensor | None:
@@ -163,17 +175,25 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _is_current(entry: _Packed) -> bool:
-    """Whether the weight is there and holds what was packed; peft merges through `.data`, which counts no change."""
+def _is_in_place(entry: _Packed) -> bool:
+    """Whether the weight is still there, in the same memory, and knows of no change."""
     weight = entry.weight()
-    if weight is None or weight._version != entry.version or not _can_pack(weight):
-        return False
-    return torch.equal(_sample(weight), entry.sample)
+    return (
+        weight is not None
+        and weight._version == entry.version
+        and weight.data_ptr() == entry.address
+        and _can_pack(weight)
+    )
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _places(weight: Tensor) -> Tensor:
+    """A view of a few values: peft merges through `.data`, which counts no change."""
     flat = weight.detach().view(-1)
-    return flat[:: max(1, flat.numel() // 61)].clone()
+    return flat[:: max(1, flat.numel() // 15)]
+
+
+def _join(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
 
 
 class _Products(TorchFunctionMode):
