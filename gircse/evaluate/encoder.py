@@ -23,6 +23,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
+from threadpoolctl import threadpool_limits
 
 from gircse.errors import UsageError
 from gircse.evaluate.cost import TransformerSize, step_clock, transformer_size
@@ -155,12 +156,13 @@ class StepStore:
     """Vectors of texts at every step, kept in a file while a task runs, so that memory does not grow with it.
 
     Args:
-        source: Embeds what is not there yet.
+        source: Embeds what is not there yet, on `threads` threads; None for as many as there are.
         on_progress: Called with texts done and texts wanted, of the current call.
     """
 
     def __init__(self, source: TextSource, on_progress: Callable[[int, int], None] | None = None) -> None:
         self.source, self.on_progress = source, on_progress or (lambda done, total: None)
+        self.threads: int | None = None
         self._rows: dict[tuple[str, str], int] = {}
         self._file = tempfile.NamedTemporaryFile(prefix="gircse-steps-")  # noqa: SIM115  # lives as long as the store
         self._width = 0
@@ -186,7 +188,8 @@ class StepStore:
         return np.asarray(stored[rows, self.source.steps.index(step)])
 
     def _add(self, texts: list[str], prompt: str) -> None:
-        vectors, seconds, tokens = self.source.embed(texts, prompt)
+        with threadpool_limits(self.threads):  # what scores them has one
+            vectors, seconds, tokens = self.source.embed(texts, prompt)
         self._width = vectors.shape[-1]
         self._file.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
         self._file.flush()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +26,17 @@ from typing import Any, cast
 import datasets
 import mteb
 import numpy as np
-from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
+from mteb.abstasks import AbsTaskRetrieval
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
-from threadpoolctl import threadpool_limits
 
 from gircse._version import __version__
 from gircse.errors import GircseError
-from gircse.evaluate.classification import spare_work
 from gircse.evaluate.encoder import GenerativeSource, StepEncoder, StepStore, TextSource, model_meta
 from gircse.evaluate.items import items_of
 from gircse.evaluate.perturb import DESCRIPTIONS, perturb
 from gircse.evaluate.results import unpack_items
+from gircse.evaluate.spare import one_thread
 from gircse.evaluate.statistics import DRAWS, Items, interval
 from gircse.evaluate.suites import TaskRequest, Wording, plan
 from gircse.evaluate.tasks import OTHER_INSTRUCTION, OWN_INSTRUCTIONS, PlannedTask
@@ -244,11 +243,9 @@ def _score(
     retrieval = isinstance(task, AbsTaskRetrieval)
     if retrieval:
         task.task_specific_scores = partial(_keep_queries, per_query, type(task).task_specific_scores, task)
-    if isinstance(task, AbsTaskClassification):
-        spare_work(task)
     started = time.perf_counter()
     try:
-        with threadpool_limits(1, user_api="blas"):  # of SciPy, for small problems: threads that wait cost more
+        with one_thread() as encoder.store.threads:
             found = mteb.evaluate(
                 cast(Any, encoder),
                 task,
@@ -321,8 +318,13 @@ def _facts(
         "perturbation": perturbation,
         "perturbation_is": DESCRIPTIONS[perturbation] if perturbation else None,
         "paraphrase": variant.paraphrase,
-        "versions": {"gircse": __version__, **{name: version(name) for name in ("mteb", "torch", "transformers")}},
+        "versions": _versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"gircse": __version__, **{name: version(name) for name in ("mteb", "torch", "transformers")}}
 
 
 def _packed(items: Items | None) -> dict[str, Any] | None:

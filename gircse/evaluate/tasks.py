@@ -43,6 +43,7 @@ from gircse.evaluate.folders import (
     read_folder,
     subsets,
 )
+from gircse.evaluate.spare import spare_work
 
 PER_TEXT_INSTRUCTION = "task_instruction"
 """Column that carries an instruction of its own for each text (triplets)."""
@@ -100,10 +101,13 @@ class PlannedTask:
         self.task.load_data()
         if isinstance(self.task, AbsTaskRetrieval):
             self.task.convert_v1_dataset_format_to_v2(num_proc=None)
+        if isinstance(self.task.dataset, DatasetDict):  # of the hub, in one language
+            self.task.dataset = {_DEFAULT: self.task.dataset}
         if self.limit is not None:
             self.sample = sample_task(self.task, self.limit, seed)
         elif self.checksum is not None:
             self.sample = _compared_with_mteb(self.task)
+        spare_work(self.task)
 
 
 @cache

@@ -1,13 +1,16 @@
-"""Classification: the spared work changes no score, and mteb's tasks with several labels or numbers are scored too."""
+"""The spared work changes no score, and mteb's tasks with several labels or numbers are scored too."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,11 +19,11 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from gircse.evaluate.classification import classification_scores
-from gircse.evaluate.encoder import PlainSource
+from gircse.evaluate.encoder import PlainSource, StepStore
 from gircse.evaluate.items import items_of
 from gircse.evaluate.results import read_results
 from gircse.evaluate.run import EvaluationSettings, Event, evaluate_model
+from gircse.evaluate.spare import ListColumns, classification_scores, one_thread
 from gircse.evaluate.suites import TaskRequest
 from gircse.evaluate.tasks import sample_task
 from tests.tiny import tiny_tokenizer
@@ -46,6 +49,39 @@ def test_scores_are_those_of_mteb(pairs: list[tuple[int, int]], words: bool) -> 
         assert found[name] == (None if value is None else pytest.approx(float(value), abs=1e-12)), name
 
 
+def test_columns_are_lists_and_selections_keep_that() -> None:
+    plain = Dataset.from_dict({"text": [f"text {i}" for i in range(6)], "label": [0, 1, 2, 0, 1, 2]})
+    rows = ListColumns.of(Dataset.from_dict(plain.to_dict()))
+    assert rows["text"] == plain["text"][:]
+    rows["text"].clear()
+    assert rows["text"] == plain["text"][:], "a caller's changes are his own"
+    chosen = rows.select([4, 1, 1]).select(range(1, 3))
+    assert isinstance(chosen["label"], list)
+    assert chosen["label"] == plain.select([4, 1, 1]).select(range(1, 3))["label"][:] == [1, 1]
+    assert chosen.select_columns(["text"])["text"] == ["text 1", "text 1"]
+    assert (chosen[0], chosen[:], list(chosen)) == ({"text": "text 1", "label": 1}, chosen.to_dict(), [chosen[0]] * 2)
+
+
+def test_torch_has_its_threads_back_where_texts_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def embed(texts: Any, prompt: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        seen.append(torch.get_num_threads())
+        return np.zeros((len(texts), 1, 2), dtype=np.float32), np.zeros(1), [1] * len(texts)
+
+    source = cast(Any, SimpleNamespace(embed=embed, steps=(None,), size=None))
+    try:
+        torch.set_num_threads(3)
+        with closing(StepStore(source)) as store, one_thread() as store.threads:
+            assert torch.get_num_threads() == 1
+            store.get(["a text"], [""], None)
+            assert torch.get_num_threads() == 1
+        assert seen == [torch.get_num_threads()] == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
 def _metadata(name: str, kind: str, main_score: str) -> TaskMetadata:
     return TaskMetadata(
         name=name,
@@ -66,6 +102,17 @@ def _load(task: Any, values: list[Any]) -> None:
         split = Dataset.from_dict({"text": texts, task.label_column_name: values})
         task.dataset = {"default": DatasetDict({"train": split, "test": split})}
         task.data_loaded = True
+
+
+class Topics(AbsTaskClassification):
+    """As the hub's tasks in one language: without a level of subsets."""
+
+    metadata = _metadata("Topics", "Classification", "accuracy")
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        _load(self, [i % 3 for i in range(40)])
+        dataset: Any = self.dataset
+        self.dataset = dataset.get("default", dataset)
 
 
 class Labels(AbsTaskMultilabelClassification):
@@ -108,6 +155,18 @@ def test_several_labels_and_numbers_are_scored_without_an_interval(
     assert result.interval is None
     said = {Labels: "12 of 40 rows; learning from 8 a label, drawn from 16; seed 42", Numbers: "12 of 40 rows; seed 42"}
     assert result.facts["sample"] == ("all" if limit is None else said[kind])
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+def test_a_task_of_the_hub_in_one_language_can_be_sampled(limit: int | None, tmp_path: Path) -> None:
+    plain = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(), embedding_dim=8)], device="cpu")
+    events: list[Event] = []
+    request = TaskRequest("Topics", limit=limit, task=Topics())
+    source = PlainSource(plain, "test/static", "0")
+    assert evaluate_model(source, [request], tmp_path, EvaluationSettings(), events.append) == 0, events[-1].message
+    (result,) = read_results(tmp_path).all
+    assert result.facts["sample"].split(";")[0] == ("all" if limit is None else "12 of 40 rows")
+    assert result.interval is not None
 
 
 def test_a_sample_of_several_labels_has_examples_of_each() -> None:
