@@ -122,6 +122,8 @@ def test_rows_of_other_texts_are_refused(folder: Path, tmp_path: Path) -> None:
             "-o",
             tmp_path / "a.html",
         )
+    with pytest.raises(InputDataError, match="no such file"):
+        run(folder / "none.parquet", "-o", tmp_path / "a.html")
     with pytest.raises(InputDataError, match="Parquet"):
         run(folder / "corpus.jsonl", "-o", tmp_path / "a.html")
     lines = [f"line {n}" for n in range(20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -190,6 +191,8 @@ def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(GircseError, match=r"nowhere is no saved GIRCSE model: no such folder") as error:
         GIRCSE(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
+    with pytest.raises(GircseError, match="nowhere is no saved GIRCSE model: no such folder"):  # where the hub is asked
+        GIRCSE._load_default_modules(cast(Any, None), str(tmp_path / "nowhere"))
 
 
 def test_loading_runs_no_code_of_the_folder(backbone: Path, tmp_path: Path) -> None:

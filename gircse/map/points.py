@@ -180,6 +180,8 @@ def _format_of(source: EmbeddingFile, corpus: str) -> InputFormat | None:
 
 
 def _opened(path: Path) -> pq.ParquetFile:
+    if not path.exists():
+        raise InputDataError(str(path), None, "no such file; give a .parquet that gircse embed wrote")
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
