@@ -50,8 +50,8 @@ def test_scores_are_those_of_mteb(pairs: list[tuple[int, int]], words: bool) -> 
 
 
 def test_columns_are_lists_and_selections_keep_that() -> None:
-    plain = Dataset.from_dict({"text": [f"text {i}" for i in range(6)], "label": [0, 1, 2, 0, 1, 2]})
-    rows = ListColumns.of(Dataset.from_dict(plain.to_dict()))
+    columns = {"text": [f"text {i}" for i in range(6)], "label": [0, 1, 2, 0, 1, 2]}
+    plain, rows = Dataset.from_dict(columns), ListColumns.of(Dataset.from_dict(columns))
     assert rows["text"] == plain["text"][:]
     rows["text"].clear()
     assert rows["text"] == plain["text"][:], "a caller's changes are his own"

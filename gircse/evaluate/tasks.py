@@ -101,8 +101,9 @@ class PlannedTask:
         self.task.load_data()
         if isinstance(self.task, AbsTaskRetrieval):
             self.task.convert_v1_dataset_format_to_v2(num_proc=None)
-        if isinstance(self.task.dataset, DatasetDict):  # of the hub, in one language
-            self.task.dataset = {_DEFAULT: self.task.dataset}
+        loaded: Any = self.task
+        if isinstance(loaded.dataset, DatasetDict):  # of the hub, in one language
+            loaded.dataset = {_DEFAULT: loaded.dataset}
         if self.limit is not None:
             self.sample = sample_task(self.task, self.limit, seed)
         elif self.checksum is not None:
