@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -38,7 +39,8 @@ def score(embeddings: np.ndarray, steps: np.ndarray, pairs: np.ndarray, gold: np
     """Spearman's correlation × 100 of cosines with the gold scores, each text after its own steps."""
     chosen = embeddings[np.arange(len(embeddings)), steps - 1]  # (n, d)
     cosines = np.einsum("nd,nd->n", chosen[pairs[:, 0]], chosen[pairs[:, 1]])
-    return 100 * float(spearmanr(cosines, gold).statistic)
+    found: Any = spearmanr(cosines, gold)
+    return 100 * float(found.statistic)
 
 
 def main() -> None:
