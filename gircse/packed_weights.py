@@ -39,7 +39,7 @@ class _Packed:
     weight: weakref.ref[Tensor]
     version: int
     address: int
-    places: Tensor  # a view of a few values of the weight
+    places: Tensor  # a view of a few values of the weight; until it is dropped, no other weight comes to this address
     sample: Tensor  # the same values when it was packed
     packed: Tensor
     nbytes: int
