@@ -6,10 +6,13 @@ Knows the output head and the embedding table of a decoder; knows nothing of lay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gircse.fused_soft_token import faster, fused_soft_token, is_possible
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Vocabulary:
         Returns:
             (..., V) float32; each row sums to 1.
         """
-        return F.softmax(self.logits(hidden).float() / temperature, dim=-1)
+        logits = self.logits(hidden).float()
+        return F.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
     def soft_token(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """E = p · E: the next input embedding (GIRCSE, section 3.1).
 
-        A one-hot p gives exactly the input embedding of that token.
+        A one-hot p gives exactly the input embedding of that token. On a GPU the probabilities are never stored where
+        that measures faster.
 
         Args:
             hidden: The hidden state that predicts the soft token, (B, d).
@@ -79,8 +84,19 @@ class Vocabulary:
             (B, d), in the dtype of the embedding table.
         """
         table = self.embedding.weight  # (V, d)
+        compute = partial(self.by_products, temperature=temperature)
+        if self.logit_cap is None and is_possible(self.head, table, hidden):
+            scale = self.state_scale * self.logit_scale / temperature
+            fused = partial(fused_soft_token, head=self.head.weight, table=table, scale=scale)
+            if faster(fused, compute, hidden, len(table)):
+                compute = fused
+        mixed = compute(hidden)
+        return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed
+
+    def by_products(self, hidden: Tensor, temperature: float) -> Tensor:
+        """P · E by two products and a softmax, as `soft_token` takes and gives them, without the embedding's scale."""
+        table = self.embedding.weight
         # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
         probabilities = self.probabilities(hidden, temperature)
         common = min(probabilities.shape[-1], table.shape[0])
-        mixed = probabilities[..., :common].to(table.dtype) @ table[:common]
-        return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed
+        return probabilities[..., :common].to(table.dtype) @ table[:common]

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; one that tried would hang on a closed network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():  # before anything imports Triton, whose own functions read it too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from gircse.model import GIRCSE
 from tests.tiny import tiny_backbone
