@@ -286,6 +286,19 @@ def test_a_plan_counts_what_the_run_will_do(folder: Path, backbone: Path) -> Non
     assert plan_training(load_recipe(write(folder, content))).memory_bytes < encoder_only.memory_bytes
 
 
+def test_a_plan_counts_packed_copies_and_the_longest_texts(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = values(folder, backbone)
+    packed = plan_training(load_recipe(write(folder, content)))
+    monkeypatch.setenv("GIRCSE_PACKED_WEIGHTS", "0")
+    plan = plan_training(load_recipe(write(folder, content)))
+    if torch.backends.mkl.is_available() and not torch.cuda.is_available():
+        assert plan.memory_bytes < packed.memory_bytes
+    content["data"]["max_seq_length"] = 8
+    assert plan_training(load_recipe(write(folder, content))).memory_bytes < plan.memory_bytes
+
+
 def test_set_replaces_values_of_the_recipe(folder: Path, backbone: Path) -> None:
     path = write(folder, values(folder, backbone))
     recipe = load_recipe(path, {"model.pooling": "last", "lora": "null", "loss.matryoshka_dims": "[8, 16]"})

@@ -1,7 +1,7 @@
 """What a recipe would do, before it does it: settings, examples, steps, token lengths, memory and time.
 
 Knows arithmetic, the tokenizer and what a run needs to find; loads no weights and trains nothing. Memory and time are
-estimates: they count matrix products and the tensors that the backward pass keeps, nothing else.
+estimates: they count matrix products, and weights and the tensors that the backward pass keeps; nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError
+from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
+from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
@@ -41,11 +43,12 @@ class TrainingPlan:
         columns: Texts of a row, the largest number of any source.
         histogram: Share of texts by token length: (upper bound, or None for longer; share).
         longest_share: Share of texts that `data.max_seq_length` cuts.
-        mean_tokens: Mean length of a text after cutting.
+        mean_tokens: Mean length of a text of a batch after cutting.
         parameters: Of the backbone.
         trained_parameters: Of them, or of the LoRA layers, those that are trained.
         flops_per_step: Multiplications and additions of one step.
-        memory_bytes: Estimated peak: weights, optimiser, gradients, and what one micro-batch keeps for its backward.
+        memory_bytes: Estimated peak: weights and their packed copies, optimiser, gradients, and what the longest
+            micro-batch, padded, keeps for its backward pass.
         seconds_per_step: At this machine's measured matrix rate; a lower bound.
         matrix_flops: That rate, operations a second.
         evaluation: What is scored during training and when, as `describe_evaluation` says it; None for nothing.
@@ -178,16 +181,37 @@ def _steps_an_epoch(recipe: Recipe, data: Any) -> int:
     return steps_an_epoch(recipe, {str(name): len(rows) for name, rows in data.items()}, processes)
 
 
-def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any] | None) -> TrainingPlan:
+@dataclass(frozen=True)
+class _SourceLengths:
+    """What a batch of one source is made of.
+
+    Attributes:
+        rows: Of the source.
+        columns: Texts of a row.
+        lengths: Tokens of a sample of the texts, as they are.
+        cut: The same, cut to what training reads.
+    """
+
+    rows: int
+    columns: int
+    lengths: list[int]
+    cut: list[int]
+
+
+def _measure_lengths(recipe: Recipe, place: Path, data: Any) -> list[_SourceLengths]:
     tokenizer = AutoTokenizer.from_pretrained(place)
-    limit = recipe.data.max_seq_length
-    lengths: list[int] = []
+    sources = []
     for rows in data.values():
-        sample = rows[:SAMPLE]
-        for column in _text_columns(rows):
-            lengths += [len(ids) for ids in tokenizer(sample[column], verbose=False).input_ids]
-    cut = [min(length, limit) for length in lengths]
-    columns = max(len(_text_columns(rows)) for rows in data.values())
+        sample, columns = rows[:SAMPLE], _text_columns(rows)
+        lengths = [len(ids) for name in columns for ids in tokenizer(sample[name], verbose=False).input_ids]
+        cut = [min(length, recipe.data.max_seq_length) for length in lengths]
+        sources.append(_SourceLengths(len(rows), len(columns), lengths, cut))
+    return sources
+
+
+def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any] | None) -> TrainingPlan:
+    sources = _measure_lengths(recipe, place, data)
+    lengths = [length for source in sources for length in source.lengths]
     steps = _steps_an_epoch(recipe, data)
 
     config = AutoConfig.from_pretrained(place)
@@ -202,31 +226,32 @@ def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any]
     if lora is not None:
         trained = sum(lora.r * (module.in_features + module.out_features) for module in linears)
 
-    mean_tokens = sum(cut) / len(cut)
-    texts = columns * recipe.training.batch_size
-    num_steps = recipe.model.num_steps
-    least, most = recipe.training.random_steps or (num_steps, num_steps)
-    flops = texts * step_flops(mean_tokens, (least + most) / 2, layers, head, frozen=lora is not None)
+    rows = sum(source.rows for source in sources)
+    texts = recipe.training.batch_size * sum(source.rows * source.columns for source in sources) / rows
+    tokens = recipe.training.batch_size / rows * sum(
+        source.rows * source.columns * sum(source.cut) / len(source.cut) for source in sources
+    )  # fmt: skip
+    least, most = _bounds_of_steps(recipe)
+    flops = texts * step_flops(tokens / texts, (least + most) / 2, layers, head, frozen=lora is not None)
     if recipe.training.micro_batch_size is not None:
         flops *= 4 / 3 if lora is None else 3 / 2  # one forward pass more
     rate = matrix_rate()
     element = 2 if recipe.training.dtype == "bfloat16" else 4
-    group = min(recipe.training.micro_batch_size or texts, texts)
-    kept = sum(module.in_features + module.out_features for module in linears) * element
+    packed = 2 * 4 * (layers + head) if _packs_weights(recipe) else 0  # as they are, and transposed for gradients
     memory = (
         parameters * element
+        + min(packed, SHARE_OF_MEMORY * free_memory())
         + trained * 4 * (4 if lora is None else 3)
-        + group * (mean_tokens + most) * kept
-        + group * most * (head / config.hidden_size) * 3 * 4  # logits and softmax of every soft token
+        + max(_kept_bytes(recipe, source, linears, head // config.hidden_size, element) for source in sources)
     )
     return TrainingPlan(
         settings=describe_settings(recipe),
         examples={str(name): len(rows) for name, rows in data.items()},
         steps=math.ceil(steps * recipe.training.epochs),
-        columns=columns,
+        columns=max(source.columns for source in sources),
         histogram=_histogram(lengths),
-        longest_share=sum(length > limit for length in lengths) / len(lengths),
-        mean_tokens=mean_tokens,
+        longest_share=sum(length > recipe.data.max_seq_length for length in lengths) / len(lengths),
+        mean_tokens=tokens / texts,
         parameters=parameters,
         trained_parameters=trained,
         flops_per_step=flops,
@@ -235,6 +260,35 @@ def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any]
         matrix_flops=rate,
         evaluation=evaluation,
     )
+
+
+def _bounds_of_steps(recipe: Recipe) -> tuple[int, int]:
+    return recipe.training.random_steps or (recipe.model.num_steps, recipe.model.num_steps)
+
+
+def _packs_weights(recipe: Recipe) -> bool:
+    """Whether training keeps packed copies of frozen weights, as it does for soft tokens on a CPU."""
+    return (
+        not torch.cuda.is_available()
+        and torch.backends.mkl.is_available()
+        and PackedWeights().enabled
+        and recipe.lora is not None
+        and recipe.training.dtype == "float32"
+        and _bounds_of_steps(recipe)[1] > 0
+    )
+
+
+def _kept_bytes(
+    recipe: Recipe, source: _SourceLengths, linears: Sequence[torch.nn.Linear], vocabulary: int, element: int
+) -> float:
+    """What a micro-batch of a source's longest texts keeps for its backward pass: inputs and outputs of the layers of
+    every token, padding included, logits and softmax of every soft token.
+    """
+    texts = source.columns * recipe.training.batch_size
+    texts = min(recipe.training.micro_batch_size or texts, texts)
+    most = _bounds_of_steps(recipe)[1]
+    of_a_token = sum(module.in_features + module.out_features for module in linears) * element
+    return texts * ((max(source.cut) + most) * of_a_token + most * vocabulary * 3 * 4)
 
 
 def _text_columns(rows: Any) -> list[str]:
