@@ -1,7 +1,7 @@
 """Train and score a grid of short runs that differ in one thing each: same rows, order, seed and steps.
 
     python recipes/ablation/run.py --data DATA/train --evaluate DATA/eval -o runs/ablation
-    python recipes/ablation/run.py ... --only encoder-only,stepwise+penalty --set data.examples=800 --suite quick
+    python recipes/ablation/run.py ... --only encoder-only,stepwise+penalty --set data.examples=800 --suite dev
     python recipes/ablation/run.py ... --seeds 17,18,19
 
 Every run goes to OUTPUT/NAME, with --seeds to OUTPUT/NAME-sSEED; finished ones are skipped, broken ones resumed. Scores
@@ -97,7 +97,7 @@ def main() -> None:
         "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[], help="one run with each"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run; repeatable")
-    parser.add_argument("--suite", default="quick", help="of `gircse evaluate`")
+    parser.add_argument("--suite", default=str(HERE / "suite.yaml"), help="of `gircse evaluate`")
     parser.add_argument("--num-steps", default="1,2,3,5,10,20", help="K to score")
     arguments = parser.parse_args()
     grid = yaml.safe_load(arguments.grid.read_text(encoding="utf-8"))
