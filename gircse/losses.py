@@ -148,8 +148,9 @@ class ICRLoss(nn.Module):
 
         Args:
             sentence_features: One batch a column: anchor, positive, negatives.
-            labels: A class of each row, (B,), where rows of the same class are no negatives of each other; or a
-                teacher's embeddings of each row's texts, (B, columns, width); or None.
+            labels: A class of each row, (B,), where rows of the same class are no negatives of each other; or of
+                each row's texts, (B, columns), where no candidate of the anchor's class is a negative; or a teacher's
+                embeddings of each row's texts, (B, columns, width); or None.
 
         Returns:
             A scalar.
@@ -244,7 +245,7 @@ class ICRLoss(nn.Module):
 
         Args:
             columns: Token ids and masks of anchors, positives and each column of negatives, B rows each.
-            labels: (B,) classes, or None.
+            labels: Classes, (B,) of positives or (B, columns) of all texts, or None.
 
         Returns:
             (B, C) bool. C is B · (columns − 1), or with `gather_across_devices` that times the number of processes;
@@ -270,6 +271,9 @@ class ICRLoss(nn.Module):
         allowed &= (found != positives.unsqueeze(1)) & (found != anchors.unsqueeze(1))
         if labels is not None and labels.dim() == 1 and labels.numel() == size:
             allowed[:, :total] &= gather(labels.contiguous()) != labels.unsqueeze(1)
+        elif labels is not None and labels.shape == (size, len(columns)):
+            classes = torch.cat([gather(column.contiguous()) for column in labels[:, 1:].unbind(dim=1)])
+            allowed &= classes != labels[:, :1]
         allowed[rows, rows + first] = True
         return allowed
 

@@ -145,6 +145,16 @@ def test_rows_of_a_class_are_no_negatives_of_each_other(model: GIRCSE) -> None:
         assert float(ICRLoss(model, 0.5)(batch, torch.tensor([7, 7, 8]))) == pytest.approx(expected, rel=1e-4)
 
 
+def test_classes_of_all_texts_leave_out_hard_negatives_too(model: GIRCSE) -> None:
+    labels = torch.tensor([[7, 7, 8], [9, 7, 9], [8, 7, 7]])
+    keep = [[0, 3, 4], [1, 0, 2, 3, 5], [2, 0, 1, 4, 5]]  # a row's own positive stays, whatever its class
+    expected, _ = by_hand(model, [ANCHORS, POSITIVES, NEGATIVES], 0.5, 1.0, keep)
+    with torch.no_grad():
+        batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
+        assert float(ICRLoss(model, 0.5)(batch, labels)) == pytest.approx(expected, rel=1e-4)
+        assert float(ICRLoss(model, 0.5)(batch)) != pytest.approx(expected, rel=1e-3)
+
+
 def test_too_similar_negatives_are_left_out(model: GIRCSE) -> None:
     texts = [ANCHORS, POSITIVES, NEGATIVES]
     last = [F.normalize(torch.tensor(model.encode_steps(column))[:, -1], dim=1) for column in texts]

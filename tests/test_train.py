@@ -240,12 +240,14 @@ def test_recipe_options_reach_losses_model_and_optimiser(folder: Path, backbone:
     content = values(folder, backbone)
     content["loss"] = {"stepwise": False, "false_negative_margin": 0.1, "matryoshka_dims": [8, 32], "temperature": 0.1}
     content["training"] |= {"micro_batch_size": 3, "gather_across_devices": True}
+    content["data"]["sources"][1]["temperature"] = 0.3
     recipe = load_recipe(write(folder, content))
     model = make_model(recipe)
     losses = make_losses(recipe, model, ["rows/a", "rows/b"])
     assert all(type(loss) is CachedICRLoss and loss.mini_batch_size == 3 for loss in losses.values())
     first, second = losses.values()
     assert (first.in_batch_negatives, second.in_batch_negatives) == (True, False)
+    assert (first.temperature, second.temperature) == (0.1, 0.3), "a source can have its own"
     assert (first.stepwise, first.false_negative_margin, first.matryoshka_dims) == (False, 0.1, (8, 32))
     assert first.gather_across_devices
     content["lora"], content["training"] = None, {"batch_size": 4, "dtype": "bfloat16"}

@@ -205,9 +205,49 @@ def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Pa
     assert {anchor[0] for anchor, *_ in found} == {"query", "pos"}, "either form asks"
 
 
+def test_forms_of_several_tasks_share_batches(folder: Path, backbone: Path) -> None:
+    """The label says in which form each text of a row is, and tasks that match a pattern are drawn together."""
+    tongues = ("de", "fr", "it")
+    rows = [
+        {"task": f"bitext/en-{tongue}", "instruction": "i", "query": f"en {tongue}{i}", "pos": [f"{tongue} {tongue}{i}"]}
+        for i in range(20)
+        for tongue in (*tongues, "no")
+    ]
+    (folder / "data" / "tongues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = values(folder, backbone)
+    own = {"negatives": 1, "symmetric": True, "licence": "x", "instruction": "by language", "facet": "form"}
+    content["data"]["sources"] = [{"file": "tongues", "task": "bitext/en-[a-i]*", "examples": 48, **own}]
+    recipe = load_recipe(write(folder, content))
+    data = load_training_data(recipe)["tongues/bitext/en-[a-i]*/form"]
+    forms = ("en", *tongues)
+    found = set()
+    for row in data.to_list():
+        texts = [str(row[name]).rsplit("Query:", 1)[-1].split() for name in ("anchor", "positive", "negative_1")]
+        assert row["label"] == [forms.index(form) for form, _ in texts]
+        (form, number), positive, negative = texts
+        assert positive[0] == form and positive[1] != number
+        assert negative[0] != form and negative[1] == number
+        found.add(form)
+    assert found == set(forms)
+    logs: list[dict[str, float]] = []
+    train(recipe, folder / "forms", report=logs.append)
+    content["data"]["sources"][0]["in_batch_negatives"] = False
+    alone: list[dict[str, float]] = []
+    train(load_recipe(write(folder, content)), folder / "alone", report=alone.append)
+    assert logs[0]["loss"] > alone[0]["loss"], "more negatives"
+
+
 def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None:
     with pytest.raises(GircseError, match="one counterpart in the other form"):
         facet_recipe(folder, backbone, "form", 2, False)
+    classes = values(folder, backbone)
+    classes["data"]["sources"][0] |= {"facet": "form", "symmetric": True, "instruction": "x", "negatives": 1}
+    taught = {**classes, "loss": {"teacher": "any"}}
+    with pytest.raises(GircseError, match="facet: form is for sources without a teacher"):
+        load_recipe(write(folder, taught))
+    classes["data"]["sources"][0]["class_field"] = "kind"
+    with pytest.raises(GircseError, match="a text's class is its form"):
+        load_recipe(write(folder, classes))
     content = values(folder, backbone)
     content["data"]["sources"][0]["facet"] = "content"
     with pytest.raises(GircseError, match="an instruction of its own"):

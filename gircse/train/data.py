@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         recipe: Says which rows.
         teacher: Its embeddings of each row's texts, without instructions, become the column ``label``,
             (columns, width), of the sources that it has a say in. Where a source has a `class_field`, the column is
-            the number of the row's class.
+            the number of the row's class; with ``facet: form`` it has the numbers of the forms of the row's texts.
 
     Raises:
         InputDataError: A bad line.
@@ -125,7 +126,10 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         # A generator of the source's own: adding a source does not change the rows of the others.
         generator = random.Random(f"{recipe.seed}/{source.name}")
         drawn = generator.sample(rows, count)
-        texts = [_texts(row, source, rows, generator) for row in drawn]
+        if source.facet is None:
+            texts = [_texts(row, source, generator) for row in drawn]
+        else:
+            texts, forms = _facet_texts(drawn, source, rows, generator)
         rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
         if teacher is not None and source.teacher:
             read = 1 if source.teacher == "anchor" else len(texts[0])
@@ -134,6 +138,8 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
             rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
         elif source.class_field is not None:
             rows = rows.add_column("label", _classes(drawn, source))
+        elif source.facet == "form":
+            rows = rows.add_column("label", forms)
         result[source.name] = rows
     return result
 
@@ -161,11 +167,12 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
         if source.file is not None:
             wanted.setdefault(source_path(recipe.data.folder, source), {})[str(source.task)] = []
     there: dict[Path, Counter[str]] = {path: Counter() for path in wanted}
-    for path, tasks in wanted.items():
+    for path, patterns in wanted.items():
         for row in read_rows(path):
             there[path][row["task"]] += 1
-            if row["task"] in tasks:
-                tasks[row["task"]].append(row)
+            for pattern, rows in patterns.items():
+                if fnmatchcase(row["task"], pattern):
+                    rows.append(row)
     result = []
     for source in recipe.data.sources:
         if source.file is None:
@@ -182,7 +189,7 @@ def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks
     """Raise where a source has no usable row; `tasks` counts the rows of every task in its place."""
     if usable:
         return
-    found = tasks.total() if source.task is None else tasks[source.task]
+    found = sum(number for task, number in tasks.items() if fnmatchcase(task, source.task or "*"))
     if found:
         task = "" if source.task is None else f" of {source.task}"
         raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
@@ -205,7 +212,11 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
         rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
         tasks: Counter[str] = Counter()
-        usable = (row for row in _counted(rows, tasks) if source.task in (None, row["task"]) and _usable(row, source))
+        usable = (
+            row
+            for row in _counted(rows, tasks)
+            if fnmatchcase(row["task"], source.task or "*") and _usable(row, source)
+        )
         found = list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -258,15 +269,34 @@ def _usable(row: dict[str, Any], source: Source) -> bool:
     return source.facet is not None or len(row["neg"]) >= source.negatives
 
 
-def _texts(row: dict[str, Any], source: Source, rows: list[dict[str, Any]], generator: random.Random) -> list[str]:
+def _texts(row: dict[str, Any], source: Source, generator: random.Random) -> list[str]:
     """Query, one positive, and the source's number of negatives."""
-    pair = (row["query"], generator.choice(row["pos"]))
-    if source.facet is None:
-        return [*pair, *generator.sample(row["neg"], source.negatives)]
-    side = generator.randrange(2)  # either form asks
-    anchor, counterpart = pair[side], pair[1 - side]
-    same_form = _others(row, side, rows, source.negatives, generator)
-    return [anchor, counterpart, *same_form] if source.facet == "content" else [anchor, *same_form, counterpart]
+    return [row["query"], generator.choice(row["pos"]), *generator.sample(row["neg"], source.negatives)]
+
+
+def _facet_texts(
+    drawn: list[dict[str, Any]], source: Source, rows: list[dict[str, Any]], generator: random.Random
+) -> tuple[list[list[str]], list[list[int]]]:
+    """Anchor, positive and negatives of the drawn rows; and under ``facet: form`` the number of each text's form.
+
+    Queries have one form, 0; the positives of every task one of their own.
+    """
+    of_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_task.setdefault(row["task"], []).append(row)
+    numbers = {task: number for number, task in enumerate(sorted(of_task), start=1)}
+    texts, forms = [], []
+    for row in drawn:
+        pair, pair_forms = (row["query"], generator.choice(row["pos"])), (0, numbers[row["task"]])
+        side = generator.randrange(2)  # either form asks
+        anchor, counterpart = pair[side], pair[1 - side]
+        if source.facet == "content":
+            texts.append([anchor, counterpart, *_others(row, side, of_task[row["task"]], source.negatives, generator)])
+        else:
+            same_form = _others(row, side, of_task[row["task"]], 1, generator)
+            texts.append([anchor, *same_form, *[counterpart] * source.negatives])
+            forms.append([pair_forms[side]] * 2 + [pair_forms[1 - side]] * source.negatives)
+    return texts, forms
 
 
 def _others(

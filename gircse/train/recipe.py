@@ -101,7 +101,8 @@ class Source(_Section):
         file: Below the data folder, without ``.jsonl``, ``.jsonl.zst`` or ``.parquet``.
         hub: Instead of a file, a data set on the hub (or a folder that `datasets` loads), streamed and shuffled in a
             buffer. Rows may name their instruction ``prompt`` and their task ``type``, as FlagEmbedding's do.
-        task: The ``task`` of the rows; with `hub` it may be left out for all rows.
+        task: The ``task`` of the rows, or a pattern of several, e.g. ``bitext/tldr-en-*``, which then share their
+            batches; with `hub` it may be left out for all rows.
         examples: How many, drawn without replacement with the recipe's seed; the mixture decides where not given.
         licence: Of the text; it goes into the model card.
         symmetric: Passages carry the instruction too.
@@ -110,13 +111,17 @@ class Source(_Section):
         teacher: Whether the recipe's teacher has a say. False where the instruction asks for another likeness than
             the teacher's, which reads no instructions. ``anchor`` where the positive is a translation into a language
             that the teacher does not know: it then reads the anchor in its place (arXiv 2004.09813).
+        temperature: Instead of the loss's. A higher one where a likeness is to be learned that the vectors hardly have
+            yet, as under ``facet: form``: at a low one, what they do have decides, and all vectors becoming the same
+            is the fastest way down (docs/experiments.md).
         instruction: Instead of the rows' own.
         class_field: A field of the rows, e.g. ``label``, that holds a class (a text or a whole number): the positives
             of rows of the same class are then no negatives of each other.
         facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
-            prose), all rows' queries being in one form and all positives in the other. ``content``: a text's
+            prose), all rows' queries being in one form and all positives of a task in another. ``content``: a text's
             counterpart is its positive, texts of other rows in its own form are its negatives. ``form``: the other
-            way round. The rows' own negatives are not used.
+            way round, and of the batch's other texts those in another form are negatives too, unless
+            `in_batch_negatives` is false; with `negatives` 0 they alone. The rows' own negatives are not used.
     """
 
     file: str | None = None
@@ -128,6 +133,7 @@ class Source(_Section):
     in_batch_negatives: bool = True
     negatives: int = Field(default=0, ge=0)
     teacher: bool | Literal["anchor"] = True
+    temperature: float | None = Field(default=None, gt=0)
     instruction: str | None = Field(default=None, min_length=1)
     class_field: str | None = Field(default=None, min_length=1)
     facet: Literal["content", "form"] | None = None
@@ -157,8 +163,10 @@ class Source(_Section):
     def _a_facet_is_named(self) -> Source:
         if self.facet is not None and (self.instruction is None or not self.symmetric):
             raise ValueError("a facet is asked for by an instruction of its own, on both sides: add symmetric: true")
-        if self.facet == "form" and (self.in_batch_negatives or self.negatives != 1):
-            raise ValueError("a text has one counterpart in the other form: negatives: 1, in_batch_negatives: false")
+        if self.facet == "form" and self.negatives > 1:
+            raise ValueError("a text has one counterpart in the other form: negatives: 1 or 0")
+        if self.facet == "form" and self.class_field is not None:
+            raise ValueError("class_field is not for facet: form, where a text's class is its form")
         return self
 
     @model_validator(mode="after")
@@ -302,8 +310,11 @@ class Recipe(_Section):
         for source in self.data.sources:
             if source.teacher == "anchor" and self.loss.teacher is None:
                 raise ValueError(f"{source.name}: teacher: anchor needs a loss.teacher; name one, or leave it out")
-            if source.class_field is not None and source.teacher and self.loss.teacher is not None:
-                raise ValueError(f"{source.name}: class_field is for sources without a teacher; add teacher: false")
+            classes = (
+                "class_field" if source.class_field is not None else "facet: form" if source.facet == "form" else None
+            )
+            if classes is not None and source.teacher and self.loss.teacher is not None:
+                raise ValueError(f"{source.name}: {classes} is for sources without a teacher; add teacher: false")
         return self
 
     def refinement(self) -> RefinementConfig:

@@ -232,8 +232,13 @@ def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, IC
     if micro_batch is not None:
         options["mini_batch_size"] = micro_batch
     kind = ICRLoss if micro_batch is None else CachedICRLoss
-    own = {source.name: source.in_batch_negatives for source in recipe.data.sources}
-    return {name: kind(model, in_batch_negatives=own[name], **options) for name in names}
+    own = {source.name: source for source in recipe.data.sources}
+    losses = {}
+    for name in names:
+        temperature = own[name].temperature or settings.temperature
+        options |= {"in_batch_negatives": own[name].in_batch_negatives, "temperature": temperature}
+        losses[name] = kind(model, **options)
+    return losses
 
 
 def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
