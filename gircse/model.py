@@ -92,6 +92,7 @@ class GIRCSE(SentenceTransformer):
     ) -> None:
         if kwargs.get("modules") is None:
             model_name_or_path = str(model_name_or_path or pretrained_path())
+            _check_no_backbone(model_name_or_path)
             options = dict(kwargs.pop("model_kwargs", None) or {})
             options |= {key: value for key, value in (("dtype", dtype), ("backbone", backbone)) if value is not None}
             kwargs["model_kwargs"] = options
@@ -468,6 +469,17 @@ class GIRCSE(SentenceTransformer):
         raise GircseError(
             f"{model_name_or_path} is no saved GIRCSE model; GIRCSE.from_backbone({model_name_or_path!r}) makes an "
             "untrained one from a decoder"
+        )
+
+
+def _check_no_backbone(name: str) -> None:
+    """Raise where the name is known to be a backbone's, rather than ask the hub for a model of that name."""
+    from gircse.backbones import known_backbones
+
+    if name in known_backbones() and not Path(name).exists():
+        raise GircseError(
+            f"{name} is a backbone, no saved GIRCSE model; GIRCSE() is the model that ships, and "
+            f"GIRCSE.from_backbone({name!r}) makes an untrained one"
         )
 
 

@@ -195,6 +195,12 @@ def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
         GIRCSE._load_default_modules(cast(Any, None), str(tmp_path / "nowhere"))
 
 
+def test_a_backbones_name_is_no_model_and_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.__init__", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(GircseError, match=r"is a backbone.*GIRCSE\(\) is the model that ships.*from_backbone"):
+        GIRCSE("smollm2-135m")
+
+
 def test_loading_runs_no_code_of_the_folder(backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Module: pass\n")
     (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "modeling.Module"}]')
