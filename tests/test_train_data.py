@@ -209,9 +209,9 @@ def test_forms_of_several_tasks_share_batches(folder: Path, backbone: Path) -> N
     """The label says in which form each text of a row is, and tasks that match a pattern are drawn together."""
     tongues = ("de", "fr", "it")
     rows = [
-        {"task": f"bitext/en-{tongue}", "instruction": "i", "query": f"en {tongue}{i}", "pos": [f"{tongue} {tongue}{i}"]}
+        {"task": f"bitext/en-{name}", "instruction": "i", "query": f"en {name}{i}", "pos": [f"{name} {name}{i}"]}
         for i in range(20)
-        for tongue in (*tongues, "no")
+        for name in (*tongues, "no")
     ]
     (folder / "data" / "tongues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = values(folder, backbone)
@@ -225,8 +225,8 @@ def test_forms_of_several_tasks_share_batches(folder: Path, backbone: Path) -> N
         texts = [str(row[name]).rsplit("Query:", 1)[-1].split() for name in ("anchor", "positive", "negative_1")]
         assert row["label"] == [forms.index(form) for form, _ in texts]
         (form, number), positive, negative = texts
-        assert positive[0] == form and positive[1] != number
-        assert negative[0] != form and negative[1] == number
+        assert (positive[0], positive[1] != number) == (form, True)
+        assert (negative[0] != form, negative[1]) == (True, number)
         found.add(form)
     assert found == set(forms)
     logs: list[dict[str, float]] = []

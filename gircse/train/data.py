@@ -138,7 +138,7 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
             rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
         elif source.class_field is not None:
             rows = rows.add_column("label", _classes(drawn, source))
-        elif source.facet == "form":
+        elif source.facet == "form" and source.in_batch_negatives:
             rows = rows.add_column("label", forms)
         result[source.name] = rows
     return result
