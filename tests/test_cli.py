@@ -38,8 +38,9 @@ def test_similarity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     code, out, _ = run(monkeypatch, capsys, "similarity", "a cat", "a cat", "--model", saved)
     assert (code, out) == (0, "1.0000\n")
     scores = []
+    asked = ["similarity", "a cat", "dogs!", "--model", saved, "--dtype", "float32", "--json"]  # else by the processor
     for options in ([], ["--instruction", "find"], ["--num-steps", "0"]):
-        code, out, _ = run(monkeypatch, capsys, "similarity", "a cat", "dogs!", "--model", saved, "--json", *options)
+        code, out, _ = run(monkeypatch, capsys, *asked, *options)
         facts = json.loads(out)
         assert code == 0
         assert facts["num_steps"] == (0 if "--num-steps" in options else 3)
