@@ -5,8 +5,9 @@
 
 Three mixes of real texts: short (STSBenchmark sentences under an instruction), medium (news under an instruction), long
 (scientific abstracts cut to 140 words, plain). ``encode`` is this project's; ``encoder`` is sentence-transformers with
-last-token pooling and its default batching, over the same merged weights; ``recompute`` runs the whole sequence again
-for every soft token, as the paper's code does in training; ``dynamic cache`` is a plain loop over transformers' cache.
+last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights,
+where nothing is merged, if ``--variants`` asks for it); ``recompute`` runs the whole sequence again for every soft
+token, as the paper's code does in training; ``dynamic cache`` is a plain loop over transformers' cache.
 All in one process, in turn, medians. Peak memory is that of a fresh process each, beyond the loaded model. Writes
 benchmarks/results/encode_speed.json.
 """
@@ -60,7 +61,7 @@ def plain_encoder(model: GIRCSE, folder: Path) -> SentenceTransformer:
     """The same weights, adapter folded in, as sentence-transformers' own encoder with last-token pooling."""
     encoder = model.encoder
     encoder.settle_adapter()
-    transformer = Transformer(str(folder), model_kwargs={"dtype": torch.float32}, max_seq_length=512)
+    transformer = Transformer(str(folder), model_kwargs={"dtype": encoder.backbone.dtype}, max_seq_length=512)
     own = dict(encoder.decoder.transformer.named_parameters())
     for name, parameter in transformer.auto_model.named_parameters():  # type: ignore[union-attr]
         stem, _, last = name.rpartition(".")
@@ -132,6 +133,12 @@ def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: st
     }
 
 
+def make_half_variants(folder: Path, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+    """Some of them with 16-bit weights."""
+    variants = make_variants(GIRCSE(device="cpu", dtype=torch.bfloat16), folder, texts, instruction)
+    return {f"bfloat16 {name}": variants[name] for name in ("encoder", "encode K=0", "encode K=5", "encode K=20")}
+
+
 def floor_seconds(model: GIRCSE, ids: list[list[int]], num_steps: int, rate: float) -> float:
     """Seconds for the products of weights alone, every token of every text once, at the measured matrix rate."""
     head = model.encoder.decoder.vocabulary.embedding.weight.numel()
@@ -158,6 +165,8 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one run, and how far it raised the peak."""
     model, folder, texts, instruction = load(arguments, arguments.mixes[0], arguments.texts[0])
     variants = make_variants(model, folder, texts, instruction)
+    if arguments.memory_of.startswith("bfloat16"):
+        variants = make_half_variants(folder, texts, instruction)
     print(peak_rise(variants[arguments.memory_of]))
 
 
@@ -188,6 +197,8 @@ def main() -> None:
         ids = model.tokenize_texts(texts, prompt).ids
         variants = make_variants(model, folder, texts, instruction)
         if arguments.variants:
+            if any(name.startswith("bfloat16") for name in arguments.variants):
+                variants |= make_half_variants(folder, texts, instruction)
             variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):
