@@ -164,9 +164,10 @@ def load(arguments: argparse.Namespace, mix: str, count: int) -> tuple[GIRCSE, P
 def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one run, and how far it raised the peak."""
     model, folder, texts, instruction = load(arguments, arguments.mixes[0], arguments.texts[0])
-    variants = make_variants(model, folder, texts, instruction)
     if arguments.memory_of.startswith("bfloat16"):
         variants = make_half_variants(folder, texts, instruction)
+    else:
+        variants = make_variants(model, folder, texts, instruction)
     print(peak_rise(variants[arguments.memory_of]))
 
 

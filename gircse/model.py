@@ -478,8 +478,8 @@ def _check_no_backbone(name: str) -> None:
 
     if name in known_backbones() and not Path(name).exists():
         raise GircseError(
-            f"{name} is a backbone, no saved GIRCSE model; GIRCSE() is the model that ships, and "
-            f"GIRCSE.from_backbone({name!r}) makes an untrained one"
+            f"{name} is a backbone, no saved GIRCSE model; leave the name out for the model that ships, or make an "
+            f"untrained one with GIRCSE.from_backbone({name!r})"
         )
 
 

@@ -237,6 +237,17 @@ def test_forms_of_several_tasks_share_batches(folder: Path, backbone: Path) -> N
     assert logs[0]["loss"] > alone[0]["loss"], "more negatives"
 
 
+def test_a_task_named_like_a_pattern_means_itself_too(folder: Path, backbone: Path) -> None:
+    rows = [{**row, "task": task} for task in ("en [old]", "en o") for row in ROWS[:12]]
+    (folder / "data" / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = values(folder, backbone)
+    content["data"]["sources"] = [{"file": "names", "task": "en [old]", "examples": 24, "licence": "x"}]
+    recipe = load_recipe(write(folder, content))
+    assert len(load_training_data(recipe)["names/en [old]"]) == 24, "by name twelve, by pattern twelve more"
+    content["data"]["sources"][0]["task"] = "en *"
+    assert len(load_training_data(load_recipe(write(folder, content)))["names/en *"]) == 24
+
+
 def test_facets_that_cannot_be_are_refused(folder: Path, backbone: Path) -> None:
     with pytest.raises(GircseError, match="one counterpart in the other form"):
         facet_recipe(folder, backbone, "form", 2, False)

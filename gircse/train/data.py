@@ -171,7 +171,7 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
         for row in read_rows(path):
             there[path][row["task"]] += 1
             for pattern, rows in patterns.items():
-                if fnmatchcase(row["task"], pattern):
+                if _matches(row["task"], pattern):
                     rows.append(row)
     result = []
     for source in recipe.data.sources:
@@ -189,7 +189,7 @@ def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks
     """Raise where a source has no usable row; `tasks` counts the rows of every task in its place."""
     if usable:
         return
-    found = sum(number for task, number in tasks.items() if fnmatchcase(task, source.task or "*"))
+    found = sum(number for task, number in tasks.items() if _matches(task, source.task))
     if found:
         task = "" if source.task is None else f" of {source.task}"
         raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
@@ -213,9 +213,7 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
         rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
         tasks: Counter[str] = Counter()
         usable = (
-            row
-            for row in _counted(rows, tasks)
-            if fnmatchcase(row["task"], source.task or "*") and _usable(row, source)
+            row for row in _counted(rows, tasks) if _matches(row["task"], source.task) and _usable(row, source)
         )
         found = list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
@@ -263,6 +261,11 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
             break
         counts[min(room, key=lambda index: (counts[index] + batch) / weights[index])] += batch
     return counts
+
+
+def _matches(task: str, pattern: str | None) -> bool:
+    """Whether a source's task, which may be a pattern, or None for all, means this one; a name means itself too."""
+    return pattern is None or task == pattern or fnmatchcase(task, pattern)
 
 
 def _usable(row: dict[str, Any], source: Source) -> bool:
