@@ -197,7 +197,7 @@ def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
 
 def test_a_backbones_name_is_no_model_and_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sentence_transformers.SentenceTransformer.__init__", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(GircseError, match="is a backbone.*leave the name out.*from_backbone"):
+    with pytest.raises(GircseError, match=r"is a backbone.*leave the name out.*from_backbone"):
         GIRCSE("smollm2-135m")
 
 

@@ -212,9 +212,7 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
         rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
         tasks: Counter[str] = Counter()
-        usable = (
-            row for row in _counted(rows, tasks) if _matches(row["task"], source.task) and _usable(row, source)
-        )
+        usable = (row for row in _counted(rows, tasks) if _matches(row["task"], source.task) and _usable(row, source))
         found = list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
