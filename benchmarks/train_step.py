@@ -49,8 +49,8 @@ def load(backbone: str, dtype: str) -> GIRCSE:
     """LoRA as in the paper, ready for training."""
     torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = GIRCSE.from_backbone(backbone, lora=lora, device="cpu", max_seq_length=1024)
-    return model.to(getattr(torch, dtype)).train()
+    options = {"dtype": getattr(torch, dtype), "device": "cpu", "max_seq_length": 1024}
+    return GIRCSE.from_backbone(backbone, lora=lora, **options).train()
 
 
 def make_batch(model: GIRCSE, rows: int, tokens: int) -> list[dict[str, Tensor]]:
@@ -179,7 +179,7 @@ def main() -> None:
     vocabulary = model.encoder.decoder.vocabulary.embedding.weight.numel()
     linears = [m for m in model.encoder.decoder.transformer.modules() if type(m) is torch.nn.Linear]
     layers = sum(m.weight.numel() for m in linears if 16 not in m.weight.shape)
-    rate = matrix_rate()
+    rate = matrix_rate(dtype=getattr(torch, arguments.dtype))
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
     settings = {"rows": 2 * arguments.rows, "repeats": arguments.repeats, "backbone": arguments.backbone}

@@ -6,18 +6,24 @@ beside every thick one, which on a CPU take as long as the thick one itself; fol
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _changing = threading.Lock()
 """Held while weights are changed: two threads that fold at a time would both add BA."""
+
+_ORIGINAL = "_weight_before_folding"
+"""The attribute of a folded layer that keeps the weight of 16 bits."""
 
 
 def lora_layers(backbone: PreTrainedModel) -> list[LoraLayer]:
@@ -26,10 +32,10 @@ def lora_layers(backbone: PreTrainedModel) -> list[LoraLayer]:
 
 
 def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
-    """Whether folding keeps the vectors: frozen layers over float32 weights of their own.
+    """Whether folding keeps the vectors: frozen layers over weights of their own, in float32 or, on a CPU, in bfloat16.
 
-    Weights of 16 bits would round the small update away, a layer that is being trained must stay apart, and what is
-    folded into a tied LM head would also change the embedding table.
+    A layer that is being trained must stay apart, and what is folded into a tied LM head would also change the
+    embedding table.
     """
     embedding = backbone.get_input_embeddings().weight
     weights = [layer.get_base_layer().weight for layer in layers]
@@ -37,31 +43,60 @@ def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
     return (
         not trained
         and not any(layer.disable_adapters for layer in layers)
-        and all(weight.dtype == torch.float32 and weight is not embedding for weight in weights)
+        and all(weight is not embedding and _is_foldable(weight) for weight in weights)
     )
+
+
+def _is_foldable(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
+
+
+def bytes_to_fold(layers: list[LoraLayer]) -> int:
+    """What folding would take: of weights in 16 bits the originals are kept, as they cannot be computed back."""
+    weights = [layer.get_base_layer().weight for layer in layers if not layer.merged]
+    return sum(weight.nbytes for weight in weights if weight.dtype != torch.float32)
 
 
 @torch.no_grad()
 def fold(layers: list[LoraLayer]) -> None:
-    """W becomes W + BA of the active adapters, in place and without a copy of weights that are this process's own."""
+    """W becomes W + BA of the active adapters; in float32 in place, without a copy of this process's own weights."""
     with _changing:
         for layer in layers:
             if layer.merged and layer.merged_adapters != list(layer.active_adapters):
-                _make_own(layer)
-                layer.unmerge()
+                _unfold(layer)
             if not layer.merged:
-                _make_own(layer)
-                layer.merge()
+                _fold(layer)
 
 
 @torch.no_grad()
 def unfold(layers: list[LoraLayer]) -> None:
-    """Take BA out of the weights again, which restores them up to rounding (about 1e-7 of a weight)."""
+    """Take BA out of the weights again, which restores those in float32 up to rounding (about 1e-7 of a weight)."""
     with _changing:
         for layer in layers:
             if layer.merged:
-                _make_own(layer)
-                layer.unmerge()
+                _unfold(layer)
+
+
+def _fold(layer: LoraLayer) -> None:
+    weight = cast(Tensor, layer.get_base_layer().weight)
+    if weight.dtype == torch.float32:
+        _make_own(layer)
+        layer.merge()
+        return
+    original = weight.data
+    weight.data = original.float()  # rounded once, after the sum
+    layer.merge()
+    weight.data = weight.data.to(original.dtype)
+    setattr(layer, _ORIGINAL, original)
+
+
+def _unfold(layer: LoraLayer) -> None:
+    _make_own(layer)
+    layer.unmerge()
+    original = layer.__dict__.pop(_ORIGINAL, None)
+    if original is not None:
+        weight = cast(Tensor, layer.get_base_layer().weight)
+        weight.data = original.to(weight)  # the model may have moved meanwhile
 
 
 def _make_own(layer: LoraLayer) -> None:
@@ -69,6 +104,30 @@ def _make_own(layer: LoraLayer) -> None:
     weight = cast(Tensor, layer.get_base_layer().weight)
     if weight.device.type == "cpu" and weight.is_shared():
         weight.data = weight.data.clone()
+
+
+def widen(backbone: PreTrainedModel, folder: str | Path | None = None) -> None:
+    """The adapter's own parameters in float32, whatever the weights are: bfloat16 rounds a small training step away.
+
+    Args:
+        backbone: With LoRA layers.
+        folder: Where the adapter was read from, to read again what the dtype of the weights has rounded.
+    """
+    for layer in lora_layers(backbone):
+        for parameter in _parameters(layer):
+            parameter.data = parameter.data.float()
+    if folder is not None:
+        set_peft_model_state_dict(backbone, load_peft_weights(os.fspath(folder), device="cpu"))
+
+
+def narrow(layers: list[LoraLayer]) -> None:
+    """The dtype of the weights under them for layers that are neither trained nor folded: one dtype computes faster."""
+    for layer in layers:
+        dtype = layer.get_base_layer().weight.dtype
+        parameters = list(_parameters(layer))
+        if not any(parameter.requires_grad for parameter in parameters):
+            for parameter in parameters:
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gircse.adapter import can_fold, fold, lora_layers, unfold
+from gircse.adapter import bytes_to_fold, can_fold, fold, lora_layers, narrow, unfold, widen
+from gircse.attention import use_fastest_attention
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.packed_weights import PackedWeights
+from gircse.hardware import free_memory
+from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
 """The paper's query format (appendix A): the text follows immediately."""
@@ -177,9 +180,10 @@ class GenerativeEncoder(InputModule):
         training: Facts of the run that trained it, kept in the checkpoint.
 
     Attributes:
-        fold_adapter: Whether a frozen float32 LoRA adapter is folded into the weights where no gradient is wanted: the
-            same vectors up to rounding, at half the time on a CPU. Set it to False where the weights of the backbone
-            must stay as they are, bit by bit.
+        fold_adapter: Whether a frozen LoRA adapter is folded into the weights where no gradient is wanted: the same
+            vectors up to rounding, at half the time on a CPU. Of weights in 16 bits, which are folded on a CPU only,
+            the originals are kept, where a quarter of the free memory holds them. Set it to False where the weights
+            of the backbone must stay as they are, bit by bit.
         packed_weights: Copies of the linear layers' weights that make soft tokens faster on a CPU and take as much
             memory as those weights again, together at most a quarter of what is free at first. Set its ``enabled`` to
             False to keep the memory.
@@ -209,6 +213,7 @@ class GenerativeEncoder(InputModule):
         self.refinement = config
         self.training_facts = training or {}
         self.fold_adapter = True
+        self._room_to_fold: bool | None = None
         self.packed_weights = PackedWeights()
         # Cutting on the left would cut the instruction; the length is checked here, so the tokenizer need not warn.
         tokenizer.truncation_side = "right"
@@ -245,16 +250,25 @@ class GenerativeEncoder(InputModule):
         """Put LoRA layers into the backbone and freeze everything else."""
         self.backbone.requires_grad_(False)
         self.backbone.add_adapter(config)
+        widen(self.backbone)
 
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
         if not self.has_adapter:
             return
         layers = lora_layers(self.backbone)
-        if self.fold_adapter and not self.training and can_fold(self.backbone, layers):
+        if self.fold_adapter and not self.training and can_fold(self.backbone, layers) and self._has_room(layers):
             fold(layers)
         else:
             unfold(layers)
+            if not self.training:
+                narrow(layers)
+
+    def _has_room(self, layers: list[LoraLayer]) -> bool:
+        """Whether the originals of 16-bit weights can be kept. Decided once: vectors should not change by the hour."""
+        if self._room_to_fold is None:
+            self._room_to_fold = bytes_to_fold(layers) <= SHARE_OF_MEMORY * free_memory()
+        return self._room_to_fold
 
     # Text to token ids
 
@@ -422,6 +436,8 @@ class GenerativeEncoder(InputModule):
             backbone.requires_grad_(False)
         if checkpoint.weights == "adapter":
             backbone.load_adapter(os.fspath(folder))
+            if backbone.dtype != torch.float32:
+                widen(backbone, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls(backbone, tokenizer, checkpoint.backbone, checkpoint.refinement, checkpoint.training)
 
@@ -432,10 +448,12 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a bar over a second's work, which no argument switches off
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        backbone = AutoModelForCausalLM.from_pretrained(folder, **options)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    use_fastest_attention(backbone)
+    return backbone
 
 
 def _verified_backbone(place: str, reference: BackboneReference) -> Path:

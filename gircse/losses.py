@@ -269,6 +269,8 @@ class ICRLoss(nn.Module):
             allowed = same_row.repeat(1, len(candidates))
         found = torch.cat(candidates)
         allowed &= (found != positives.unsqueeze(1)) & (found != anchors.unsqueeze(1))
+        # The positive of another row with this row's anchor is one of this row's too, e.g. another translation.
+        allowed[:, :total] &= gather(anchors) != anchors.unsqueeze(1)
         if labels is not None and labels.dim() == 1 and labels.numel() == size:
             allowed[:, :total] &= gather(labels.contiguous()) != labels.unsqueeze(1)
         elif labels is not None and labels.shape == (size, len(columns)):

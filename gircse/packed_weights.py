@@ -1,8 +1,9 @@
 """Weights packed for products with few rows, which is what soft tokens are made of on a CPU.
 
-Knows float32 weights and MKL; knows nothing of layers, soft tokens or texts. Every product with few rows reorders the
-whole weight matrix before it multiplies, which costs as much as multiplying. MKL does it once and keeps the result,
-which takes as much memory as the weights again. See docs/experiments.md for what that buys.
+Knows weights, MKL for float32 and oneDNN for bfloat16; knows nothing of layers, soft tokens or texts. Every product
+with few rows reorders the whole weight matrix before it multiplies, which costs as much as multiplying. The libraries
+can do it once and keep the result, which takes as much memory as the weights again; docs/experiments.md has what it
+buys.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from torch.overrides import TorchFunctionMode
 from gircse.hardware import free_memory
 
 FEWEST_ROWS, MOST_ROWS = 4, 256
-"""Rows of a product that packed weights make faster (benchmarks/packed_products.py); beyond they gain nothing."""
+"""Rows of a float32 product that packed weights make faster (benchmarks/packed_products.py); beyond they gain nothing.
+In bfloat16 a single row gains as well."""
 
 SHARE_OF_MEMORY = 0.25
 """Of the memory that is free when packing begins, how much all copies together may take."""
 
 _ROWS_PACKED_FOR = 64
-"""What MKL is told that products will have; the result is right for all others too (tested)."""
+"""What the libraries are told that products will have; the result is right for all others too (tested)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class PackedWeights:
         return weight.nbytes + sum(entry.nbytes for entry in self._packed.values()) <= self._budget
 
     def products(self, device: torch.device) -> AbstractContextManager[Any]:
-        """A context in which linear layers over float32 parameters on the CPU use packed copies.
+        """A context in which linear layers over parameters on the CPU use packed copies.
 
         Gradients know nothing of them, nor does autocast: where either is on, layers compute as always.
 
@@ -123,14 +125,18 @@ class PackedWeights:
             None where there is no packed copy, or the rows are too few or too many for it.
         """
         rows = x.numel() // x.shape[-1]
-        if not FEWEST_ROWS <= rows <= MOST_ROWS or x.dtype != torch.float32:
+        fewest = FEWEST_ROWS if x.dtype == torch.float32 else 1
+        if not fewest <= rows <= MOST_ROWS or x.dtype != weight.dtype:
             return None
         packed = self._copy(weight, transposed)
         if packed is None:
             return None
-        # Of the weight itself the operation takes the sizes alone: its rows are those that it is told to expect.
-        shape = weight.t() if transposed else weight
-        out = torch.ops.mkl._mkl_linear(x.reshape(rows, -1), packed, shape, bias, rows)
+        if x.dtype == torch.bfloat16:
+            out = torch.ops.mkldnn._linear_pointwise(x.reshape(rows, -1), packed, bias, "none", [], "")
+        else:
+            # Of the weight itself the operation takes the sizes alone: its rows are those that it is told to expect.
+            shape = weight.t() if transposed else weight
+            out = torch.ops.mkl._mkl_linear(x.reshape(rows, -1), packed, shape, bias, rows)
         return out.view(*x.shape[:-1], -1)
 
     def _copy(self, weight: Tensor, transposed: bool) -> Tensor | None:
@@ -144,7 +150,10 @@ class PackedWeights:
                 return None
             with torch.inference_mode():
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
-                packed = torch.ops.mkl._mkl_reorder_linear_weight(rows, _ROWS_PACKED_FOR)
+                reorder = torch.ops.mkl._mkl_reorder_linear_weight
+                if weight.dtype == torch.bfloat16:
+                    reorder = torch.ops.mkldnn._reorder_linear_weight
+                packed = reorder(rows, _ROWS_PACKED_FOR)
             places = _places(weight)
             self._packed[key] = _Packed(
                 weakref.ref(weight), weight._version, weight.data_ptr(), places, places.clone(), packed, weight.nbytes
@@ -163,12 +172,18 @@ def _restored(enabled: bool) -> PackedWeights:
     return weights
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine packs weights of a dtype: bfloat16 where the processor multiplies it."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkl.is_available()
+
+
 def _can_pack(weight: Tensor) -> bool:
     return (
-        torch.backends.mkl.is_available()
+        can_pack(weight.dtype)
         and type(weight) is nn.Parameter  # not computed anew at every call, nor quantised behind a float32 face
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
         and weight.dim() == 2
         and weight.is_contiguous()
         and not weight.is_inference()  # such tensors count no changes

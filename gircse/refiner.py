@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from gircse.attention import attention_dtype
 from gircse.cache import expand_cache, join_caches, new_cache, select_rows
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
@@ -77,7 +78,7 @@ def refine(
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
     longest = max(prompt.mask.shape[1] for prompt in prompts)
-    cache = join_caches(caches, longest, room=num_steps)
+    cache = join_caches(caches, longest, room=num_steps, dtype=attention_dtype(decoder.transformer, first))
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
         by_steps = sorted(range(len(order)), key=lambda place: -own_steps[order[place]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from gircse import GIRCSE
+from gircse import encoder as encoder_module
 from gircse.adapter import adapter_off, lora_layers
 from gircse.train.fused_lora import fused_lora
 
@@ -64,10 +66,50 @@ def test_training_takes_the_adapter_out(adapted: GIRCSE) -> None:
     assert bool(cast(torch.Tensor, parameter.grad).abs().sum() > 0)
 
 
-def test_a_16_bit_model_is_not_folded(adapted: GIRCSE) -> None:
-    adapted.to(torch.bfloat16)
-    adapted.encode(TEXTS)
-    assert not any(layer.merged for layer in lora_layers(adapted.encoder.backbone))
+@pytest.fixture
+def half(adapted: GIRCSE, tmp_path: Path) -> GIRCSE:
+    """The same model read in bfloat16."""
+    adapted.save_pretrained(str(tmp_path / "saved"))
+    return GIRCSE(str(tmp_path / "saved"), dtype=torch.bfloat16, device="cpu")
+
+
+def test_bfloat16_weights_are_folded_and_come_back_bit_by_bit(adapted: GIRCSE, half: GIRCSE) -> None:
+    exact, original = torch.tensor(adapted.encode(TEXTS)), weights(half)
+    half.encoder.fold_adapter = False
+    separate = torch.tensor(half.encode(TEXTS))
+    half.encoder.fold_adapter = True
+    folded = torch.tensor(half.encode(TEXTS))
+    assert all(layer.merged for layer in lora_layers(half.encoder.backbone))
+    assert {weight.dtype for weight in base_weights(half)} == {torch.bfloat16}
+    similar = torch.nn.functional.cosine_similarity
+    assert (1 - similar(folded, exact)).max() < 2 * (1 - similar(separate, exact)).max() + 1e-4
+    for other in (copy.deepcopy(half), half):
+        other.encoder.fold_adapter = False
+        torch.testing.assert_close(torch.tensor(other.encode(TEXTS)), separate, rtol=0, atol=0)
+        assert all(torch.equal(now, before) for now, before in zip(weights(other), original, strict=True))
+
+
+def test_bfloat16_weights_stay_where_memory_is_short(half: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "free_memory", lambda: 1000)
+    half.encode(TEXTS)
+    monkeypatch.undo()
+    half.encode(TEXTS)
+    layers = lora_layers(half.encoder.backbone)
+    assert not any(layer.merged for layer in layers), "decided once"
+    assert layers[0].lora_A["default"].weight.dtype == torch.bfloat16
+
+
+def test_an_adapter_is_read_and_trained_in_float32(adapted: GIRCSE, half: GIRCSE, backbone: Path) -> None:
+    exact = dict(adapted.named_parameters())
+    for name, parameter in half.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, exact[name])
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = GIRCSE.from_backbone(str(backbone), lora=lora, device="cpu", dtype=torch.bfloat16).train()
+    model(model.encoder.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 @pytest.mark.parametrize("fold", [True, False])

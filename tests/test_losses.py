@@ -77,6 +77,15 @@ def test_identical_positives_are_not_negatives(model: GIRCSE) -> None:
         assert float(ICRLoss(model, 0.5)(columns(model, *texts))) == pytest.approx(expected, rel=1e-4)
 
 
+def test_positives_of_the_same_anchor_are_not_negatives(model: GIRCSE) -> None:
+    """Rows 0 and 2 have one anchor, say with two translations; the one's hard negative stays the other's negative."""
+    texts = [[ANCHORS[0], ANCHORS[1], ANCHORS[0]], POSITIVES, NEGATIVES]
+    keep = [[0, 1, 3, 4, 5], [1, 0, 2, 3, 4, 5], [2, 1, 3, 4, 5]]
+    expected, _ = by_hand(model, texts, 0.5, 1.0, keep)
+    with torch.no_grad():
+        assert float(ICRLoss(model, 0.5)(columns(model, *texts))) == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_in_batch_negatives_only_the_rows_own_count(model: GIRCSE) -> None:
     texts = [ANCHORS, POSITIVES, NEGATIVES, MORE]
     keep = [[row, 3 + row, 6 + row] for row in range(3)]

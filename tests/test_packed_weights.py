@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gircse import packed_weights
 from gircse.model import GIRCSE
-from gircse.packed_weights import FEWEST_ROWS, MOST_ROWS, PackedWeights
+from gircse.packed_weights import FEWEST_ROWS, MOST_ROWS, PackedWeights, can_pack
 
 CPU = torch.device("cpu")
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five"]
@@ -22,31 +22,48 @@ TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
 
 
+BFLOAT16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor packs no bfloat16")
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize(("wide", "narrow"), [(576, 1536), (1536, 576), (576, 192), (17, 5)])
-def test_products_are_those_of_the_plain_layer(wide: int, narrow: int) -> None:
+def test_products_are_those_of_the_plain_layer(wide: int, narrow: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer, weights = nn.Linear(wide, narrow, bias=narrow != 576), PackedWeights()
+    layer, weights = nn.Linear(wide, narrow, bias=narrow != 576, dtype=dtype), PackedWeights()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
         for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 256, 257):
-            x = torch.randn(rows, wide)
+            x = torch.randn(rows, wide, dtype=dtype)
             with weights.products(CPU):
                 found = layer(x)
-            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, layer(x), rtol=tolerance, atol=tolerance)
     assert len(weights) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize(("out", "width"), [(1536, 576), (576, 1536), (5, 17)])
-def test_the_product_for_a_gradient(out: int, width: int) -> None:
+def test_the_product_for_a_gradient(out: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight, weights = nn.Parameter(torch.randn(out, width)), PackedWeights()
+    weight, weights = nn.Parameter(torch.randn(out, width, dtype=dtype)), PackedWeights()
+    rtol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (2e-2, 0.2)
     for rows in (4, 7, 32, 130, MOST_ROWS):
-        grad = torch.randn(rows, out)
+        grad = torch.randn(rows, out, dtype=dtype)
         with torch.no_grad():
             found = weights.product(grad, weight, transposed=True)
         assert found is not None
-        torch.testing.assert_close(found, grad @ weight.detach(), rtol=1e-4, atol=1e-3)
-    assert weights.product(torch.randn(MOST_ROWS + 1, out), weight, transposed=True) is None
+        torch.testing.assert_close(found, grad @ weight.detach(), rtol=rtol, atol=atol)
+    assert weights.product(torch.randn(MOST_ROWS + 1, out, dtype=dtype), weight, transposed=True) is None
+    single = weights.product(torch.randn(1, out, dtype=dtype), weight, transposed=True)
+    assert (single is None) == (dtype == torch.float32), "in bfloat16 a single row gains as well"
     assert len(weights) == 1
+
+
+def test_rows_of_another_dtype_than_the_weight_stay_plain() -> None:
+    weights, weight = PackedWeights(), nn.Parameter(torch.randn(8, 8))
+    assert weights.product(torch.randn(9, 8, dtype=torch.bfloat16), weight) is None
+    assert not len(weights)
 
 
 def test_only_few_rows_without_gradients_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

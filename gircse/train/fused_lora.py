@@ -34,12 +34,13 @@ class _LoraProduct(torch.autograd.Function):
         scale: float,
         packed: PackedWeights,
     ) -> Tensor:
+        # The adapter may be in float32 over weights in bfloat16.
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        low = rows @ a.T  # (N, r)
+        low = rows @ a.T.to(x.dtype)  # (N, r)
         out = packed.product(rows, weight, bias)  # (N, out)
         if out is None:
             out = F.linear(rows, weight, bias)
-        out.addmm_(low, b.T, alpha=scale)
+        out.addmm_(low, b.T.to(x.dtype), alpha=scale)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale, ctx.shape, ctx.packed = scale, x.shape, packed
         return out.view(*x.shape[:-1], -1)
@@ -48,11 +49,12 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, low = ctx.saved_tensors
         grad = gradients[0].reshape(-1, weight.shape[0])  # (N, out)
-        low_grad = (grad @ b).mul_(ctx.scale)  # (N, r)
+        low_grad = (grad @ b.to(grad.dtype)).mul_(ctx.scale)  # (N, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a).view(ctx.shape)
-        return grad_x, None, None, low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale), None, None
+            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a.to(grad.dtype)).view(ctx.shape)
+        grad_a, grad_b = low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale)
+        return grad_x, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -105,7 +107,7 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
 
 
 def _is_plain(layer: Linear) -> bool:
-    """One adapter without dropout, bias or variants such as DoRA, over a frozen linear layer of the same dtype."""
+    """One adapter without dropout, bias or variants such as DoRA, over a frozen linear layer."""
     names = layer.active_adapters
     base = layer.get_base_layer()
     if len(names) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
@@ -115,7 +117,7 @@ def _is_plain(layer: Linear) -> bool:
         name in layer.lora_A
         and not layer.lora_variant
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and layer.lora_A[name].weight.dtype == base.weight.dtype
+        and layer.lora_A[name].weight.dtype in (base.weight.dtype, torch.float32)
         and getattr(layer.lora_B[name], "bias", None) is None
     )
 

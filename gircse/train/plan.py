@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError
 from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
-from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
+from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, can_pack
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
@@ -235,14 +235,17 @@ def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any]
     flops = texts * step_flops(tokens / texts, (least + most) / 2, layers, head, frozen=lora is not None)
     if recipe.training.micro_batch_size is not None:
         flops *= 4 / 3 if lora is None else 3 / 2  # one forward pass more
-    rate = matrix_rate()
+    rate = matrix_rate(dtype=getattr(torch, recipe.training.dtype))
     element = 2 if recipe.training.dtype == "bfloat16" else 4
-    packed = 2 * 4 * (layers + head) if _packs_weights(recipe) else 0  # as they are, and transposed for gradients
+    of_a_token = sum(module.in_features + module.out_features for module in linears) * element
+    if element < 4:  # norms and attention keep what they compute in float32
+        of_a_token += config.num_hidden_layers * config.hidden_size * 8 * 4
+    packed = 2 * element * (layers + head) if _packs_weights(recipe) else 0  # as they are, and transposed for gradients
     memory = (
         parameters * element
         + min(packed, SHARE_OF_MEMORY * free_memory())
         + trained * 4 * (4 if lora is None else 3)
-        + max(_kept_bytes(recipe, source, linears, head // config.hidden_size, element) for source in sources)
+        + max(_kept_bytes(recipe, source, of_a_token, head // config.hidden_size) for source in sources)
     )
     return TrainingPlan(
         settings=describe_settings(recipe),
@@ -270,24 +273,20 @@ def _packs_weights(recipe: Recipe) -> bool:
     """Whether training keeps packed copies of frozen weights, as it does for soft tokens on a CPU."""
     return (
         not torch.cuda.is_available()
-        and torch.backends.mkl.is_available()
+        and can_pack(getattr(torch, recipe.training.dtype))
         and PackedWeights().enabled
         and recipe.lora is not None
-        and recipe.training.dtype == "float32"
         and _bounds_of_steps(recipe)[1] > 0
     )
 
 
-def _kept_bytes(
-    recipe: Recipe, source: _SourceLengths, linears: Sequence[torch.nn.Linear], vocabulary: int, element: int
-) -> float:
+def _kept_bytes(recipe: Recipe, source: _SourceLengths, of_a_token: int, vocabulary: int) -> float:
     """What a micro-batch of a source's longest texts keeps for its backward pass: inputs and outputs of the layers of
     every token, padding included, logits and softmax of every soft token.
     """
     texts = source.columns * recipe.training.batch_size
     texts = min(recipe.training.micro_batch_size or texts, texts)
     most = _bounds_of_steps(recipe)[1]
-    of_a_token = sum(module.in_features + module.out_features for module in linears) * element
     return texts * ((max(source.cut) + most) * of_a_token + most * vocabulary * 3 * 4)
 
 
@@ -310,9 +309,9 @@ def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, froze
     return forward * (2 if frozen else 3)
 
 
-def matrix_rate(size: int = 1024, repeats: int = 5) -> float:
-    """Operations a second of a float32 matrix product here, the best of a few."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matrix_rate(size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a matrix product here, the best of a few."""
+    a, b = torch.randn(2, size, size).to(dtype).unbind()
     best = math.inf
     for _ in range(repeats):
         started = time.perf_counter()

@@ -1,0 +1,73 @@
+"""Attention in float32 under bfloat16 weights, on processors that compute it faster.
+
+Knows transformers' attention functions; knows nothing of models or texts. On a CPU PyTorch computes attention of
+bfloat16 by small products that only AMX makes fast: without it, forward takes twice and backward five times as long as
+in float32 (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "sdpa_float32_on_cpu"
+
+
+def use_fastest_attention(backbone: PreTrainedModel) -> None:
+    """Let a backbone that uses PyTorch's attention compute it in float32 where that is faster; others stay."""
+    if backbone.config._attn_implementation == "sdpa":
+        backbone.set_attn_implementation(ATTENTION)
+
+
+def attention_dtype(transformer: PreTrainedModel, states: Tensor) -> torch.dtype:
+    """The dtype that keys and values are best kept in.
+
+    Args:
+        transformer: Whose attention reads them.
+        states: Hidden states, with the dtype and the device of the keys.
+    """
+    wide = transformer.config._attn_implementation == ATTENTION and _is_faster_in_float32(states)
+    return torch.float32 if wide else states.dtype
+
+
+def sdpa_float32_on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Transformers' ``sdpa``, for bfloat16 on a CPU without AMX in float32.
+
+    Args:
+        module: The attention layer.
+        query: (B, heads, N, d_head).
+        key: (B, key-value heads, M, d_head), of the query's dtype or of float32.
+        value: As `key`.
+        attention_mask: (B, 1, N, M), of booleans or to be added, or None.
+        **options: As for ``sdpa``.
+
+    Returns:
+        (B, N, heads, d_head) in the dtype of the query, and None for the weights.
+    """
+    if not _is_faster_in_float32(query):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return out.to(query.dtype), weights
+
+
+def _is_faster_in_float32(states: Tensor) -> bool:
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+AttentionInterface.register(ATTENTION, sdpa_float32_on_cpu)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

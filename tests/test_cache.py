@@ -1,0 +1,90 @@
+"""The cache of the refinement loop: what steps write into one buffer has the gradients of concatenation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from gircse.cache import join_caches, new_cache, select_rows
+
+
+def filled(rows: int, positions: int, *, grad: bool) -> tuple[DynamicCache, list[Tensor]]:
+    cache, states = new_cache(), [torch.randn(rows, 2, positions, 4, requires_grad=grad) for _ in range(2)]
+    cache.update(*states, 0)
+    return cache, states
+
+
+def run(caches: list[DynamicCache], steps: list[tuple[Tensor, Tensor]], *, plain: bool) -> list[Tensor]:
+    """A number for every step that depends on all positions so far."""
+    if plain:
+        keys, values = (
+            torch.cat(
+                [torch.nn.functional.pad(states, (0, 0, 5 - states.shape[2], 0)) for states in group]
+            )
+            for group in zip(*((cache.layers[0].keys, cache.layers[0].values) for cache in caches), strict=True)
+        )  # fmt: skip
+    else:
+        joined = join_caches(caches, 5, len(steps), torch.float32)
+    results = []
+    for number, (key, value) in enumerate(steps):
+        if plain:
+            keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        else:
+            keys, values = joined.update(key, value, 0)
+        weights = (keys * (number + 1)).softmax(dim=2)  # keeps the keys for its backward pass
+        results.append((weights * values).sin().sum())
+    return results
+
+
+def test_gradients_are_those_of_concatenation() -> None:
+    torch.manual_seed(0)
+    parts = [filled(3, 5, grad=True), filled(2, 3, grad=True)]
+    leaves = [state for _, states in parts for state in states]
+    steps = [tuple(torch.randn(5, 2, 1, 4, requires_grad=True) for _ in range(2)) for _ in range(4)]
+    leaves += [state for pair in steps for state in pair]
+    found = []
+    for plain in (True, False):
+        results = run([cache for cache, _ in parts], steps, plain=plain)  # type: ignore[arg-type]
+        found.append(torch.autograd.grad(sum(results), leaves))  # type: ignore[arg-type]
+        parts = [(new_cache(), states) for _, states in parts]
+        for cache, states in parts:
+            cache.update(*states, 0)
+    for expected, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_every_step_can_be_differentiated_by_itself() -> None:
+    """With the graph kept: one pass leaves nothing behind for the next."""
+    torch.manual_seed(0)
+    steps = [tuple(torch.randn(3, 2, 1, 4, requires_grad=True) for _ in range(2)) for _ in range(3)]
+    cache, leaves = filled(3, 5, grad=True)
+    inputs = [*leaves, *(state for pair in steps for state in pair)]
+    results = run([cache], steps, plain=False)  # type: ignore[arg-type]
+    whole = torch.autograd.grad(sum(results), inputs, retain_graph=True)  # type: ignore[arg-type]
+    parts = [torch.autograd.grad(result, inputs, retain_graph=True, allow_unused=True) for result in results]
+    for index, expected in enumerate(whole):
+        total = sum(part[index] for part in parts if part[index] is not None)
+        torch.testing.assert_close(total, expected)
+
+
+def test_steps_share_one_buffer_and_keep_what_they_saw() -> None:
+    cache, _ = filled(3, 5, grad=True)
+    joined = join_caches([cache], 5, 2, torch.float32)
+    first, _ = joined.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4), 0)
+    before = first.detach().clone()
+    second, _ = joined.update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4), 0)
+    assert first.data_ptr() == second.data_ptr()
+    assert torch.equal(first, before)
+    assert second.shape[2] == 7
+
+
+def test_rows_leave_with_their_gradients() -> None:
+    cache, (keys, _) = filled(3, 5, grad=True)
+    joined = join_caches([cache], 5, 2, torch.float32)
+    joined.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4), 0)
+    select_rows(joined, torch.tensor([2, 0]))
+    shown, _ = joined.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0)
+    (gradient,) = torch.autograd.grad(shown[0].sum(), [keys])
+    assert gradient[2].eq(1).all()
+    assert gradient[:2].eq(0).all()
