@@ -84,9 +84,10 @@ def _fold(layer: LoraLayer) -> None:
         layer.merge()
         return
     original = weight.data
-    weight.data = original.float()  # rounded once, after the sum
-    layer.merge()
-    weight.data = weight.data.to(original.dtype)
+    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode would count no changes
+        weight.data = original.float()  # rounded once, after the sum
+        layer.merge()
+        weight.data = weight.data.to(original.dtype)
     setattr(layer, _ORIGINAL, original)
 
 

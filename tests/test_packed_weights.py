@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gircse import packed_weights
+from gircse.adapter import lora_layers
 from gircse.model import GIRCSE
 from gircse.packed_weights import FEWEST_ROWS, MOST_ROWS, PackedWeights, can_pack
 
@@ -126,6 +128,17 @@ def test_a_folded_adapter_is_in_the_packed_weights(model: GIRCSE) -> None:
         packed = model.encode(TEXTS)
         model.encoder.packed_weights.enabled = False
         torch.testing.assert_close(torch.tensor(packed), torch.tensor(model.encode(TEXTS)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor packs no bfloat16")
+def test_folded_bfloat16_weights_are_packed(model: GIRCSE, tmp_path: Path) -> None:
+    model.encoder.add_lora(LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path))
+    half = GIRCSE(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    packed = torch.tensor(half.encode(TEXTS))
+    assert len(half.encoder.packed_weights) == len(lora_layers(half.encoder.backbone)) + 1, "and the LM head"
+    half.encoder.packed_weights.enabled = False
+    torch.testing.assert_close(packed, torch.tensor(half.encode(TEXTS)), rtol=0.05, atol=0.02)
 
 
 def test_copies_and_pickles_hold_none(model: GIRCSE) -> None:
