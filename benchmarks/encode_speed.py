@@ -5,9 +5,9 @@
 
 Three mixes of real texts: short (STSBenchmark sentences under an instruction), medium (news under an instruction), long
 (scientific abstracts cut to 140 words, plain). ``encode`` is this project's; ``encoder`` is sentence-transformers with
-last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights, if
-``--variants`` asks for it); ``recompute`` runs the whole sequence again for every soft token, as the paper's code does
-in training; ``dynamic cache`` is a plain loop over transformers' cache.
+last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights,
+if ``--variants`` asks for it); ``recompute`` runs the whole sequence again for every soft token, as the paper's code
+does in training; ``dynamic cache`` is a plain loop over transformers' cache.
 All in one process, in turn, medians. Peak memory is that of a fresh process each, beyond the loaded model. Writes
 benchmarks/results/encode_speed.json.
 """

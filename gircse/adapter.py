@@ -57,6 +57,7 @@ def bytes_to_fold(layers: list[LoraLayer]) -> int:
     return sum(weight.nbytes for weight in weights if weight.dtype != torch.float32)
 
 
+@torch.inference_mode(mode=False)  # weights made in inference mode could be neither packed nor trained later
 @torch.no_grad()
 def fold(layers: list[LoraLayer]) -> None:
     """W becomes W + BA of the active adapters; in float32 in place, without a copy of this process's own weights."""
@@ -68,6 +69,7 @@ def fold(layers: list[LoraLayer]) -> None:
                 _fold(layer)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def unfold(layers: list[LoraLayer]) -> None:
     """Take BA out of the weights again, which restores those in float32 up to rounding (about 1e-7 of a weight)."""
@@ -84,10 +86,9 @@ def _fold(layer: LoraLayer) -> None:
         layer.merge()
         return
     original = weight.data
-    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode would count no changes
-        weight.data = original.float()  # rounded once, after the sum
-        layer.merge()
-        weight.data = weight.data.to(original.dtype)
+    weight.data = original.float()  # rounded once, after the sum
+    layer.merge()
+    weight.data = weight.data.to(original.dtype)
     setattr(layer, _ORIGINAL, original)
 
 
@@ -121,13 +122,14 @@ def widen(backbone: PreTrainedModel, folder: str | Path | None = None) -> None:
         set_peft_model_state_dict(backbone, load_peft_weights(os.fspath(folder), device="cpu"))
 
 
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def narrow(layers: list[LoraLayer]) -> None:
     """The dtype of the weights under them for layers that are neither trained nor folded: one dtype computes faster."""
     for layer in layers:
         dtype = layer.get_base_layer().weight.dtype
-        parameters = list(_parameters(layer))
-        if not any(parameter.requires_grad for parameter in parameters):
-            for parameter in parameters:
+        for parameter in _parameters(layer):
+            if parameter.dtype != dtype and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -96,7 +96,12 @@ def test_bfloat16_weights_stay_where_memory_is_short(half: GIRCSE, monkeypatch: 
     half.encode(TEXTS)
     layers = lora_layers(half.encoder.backbone)
     assert not any(layer.merged for layer in layers), "decided once"
-    assert layers[0].lora_A["default"].weight.dtype == torch.bfloat16
+    adapters = [parameter for name, parameter in half.named_parameters() if "lora_" in name]
+    assert {parameter.dtype for parameter in adapters} == {torch.bfloat16}
+    for parameter in adapters:
+        parameter.requires_grad_(True)  # and they can still be trained
+    half.train()(half.encoder.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+    assert all(parameter.grad is not None for parameter in adapters)
 
 
 def test_an_adapter_is_read_and_trained_in_float32(adapted: GIRCSE, half: GIRCSE, backbone: Path) -> None:
