@@ -31,6 +31,11 @@ def lora_layers(backbone: PreTrainedModel) -> list[LoraLayer]:
     return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
 
 
+def _weight(layer: LoraLayer) -> Tensor:
+    """The weight under a LoRA layer, (out, in)."""
+    return cast(Tensor, layer.get_base_layer().weight)
+
+
 def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
     """Whether folding keeps the vectors: frozen layers over weights of their own, in float32 or, on a CPU, in bfloat16.
 
@@ -38,7 +43,7 @@ def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
     embedding table.
     """
     embedding = backbone.get_input_embeddings().weight
-    weights = [layer.get_base_layer().weight for layer in layers]
+    weights = [_weight(layer) for layer in layers]
     trained = any(parameter.requires_grad for layer in layers for parameter in _parameters(layer))
     return (
         not trained
@@ -53,7 +58,7 @@ def _is_foldable(weight: Tensor) -> bool:
 
 def bytes_to_fold(layers: list[LoraLayer]) -> int:
     """What folding would take: of weights in 16 bits the originals are kept, as they cannot be computed back."""
-    weights = [layer.get_base_layer().weight for layer in layers if not layer.merged]
+    weights = [_weight(layer) for layer in layers if not layer.merged]
     return sum(weight.nbytes for weight in weights if weight.dtype != torch.float32)
 
 
@@ -80,7 +85,7 @@ def unfold(layers: list[LoraLayer]) -> None:
 
 
 def _fold(layer: LoraLayer) -> None:
-    weight = cast(Tensor, layer.get_base_layer().weight)
+    weight = _weight(layer)
     if weight.dtype == torch.float32:
         _make_own(layer)
         layer.merge()
@@ -95,15 +100,15 @@ def _fold(layer: LoraLayer) -> None:
 def _unfold(layer: LoraLayer) -> None:
     _make_own(layer)
     layer.unmerge()
-    original = layer.__dict__.pop(_ORIGINAL, None)
+    original = vars(layer).pop(_ORIGINAL, None)
     if original is not None:
-        weight = cast(Tensor, layer.get_base_layer().weight)
+        weight = _weight(layer)
         weight.data = original.to(weight)  # the model may have moved meanwhile
 
 
 def _make_own(layer: LoraLayer) -> None:
     """A copy of weights in shared memory, with which other processes compute."""
-    weight = cast(Tensor, layer.get_base_layer().weight)
+    weight = _weight(layer)
     if weight.device.type == "cpu" and weight.is_shared():
         weight.data = weight.data.clone()
 
@@ -127,7 +132,7 @@ def widen(backbone: PreTrainedModel, folder: str | Path | None = None) -> None:
 def narrow(layers: list[LoraLayer]) -> None:
     """The dtype of the weights under them for layers that are neither trained nor folded: one dtype computes faster."""
     for layer in layers:
-        dtype = layer.get_base_layer().weight.dtype
+        dtype = _weight(layer).dtype
         for parameter in _parameters(layer):
             if parameter.dtype != dtype and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)

@@ -25,14 +25,15 @@ def use_fastest_attention(backbone: PreTrainedModel) -> None:
         backbone.set_attn_implementation(ATTENTION)
 
 
-def attention_dtype(transformer: PreTrainedModel, states: Tensor) -> torch.dtype:
+def attention_dtype(transformer: nn.Module, states: Tensor) -> torch.dtype:
     """The dtype that keys and values are best kept in.
 
     Args:
         transformer: Whose attention reads them.
         states: Hidden states, with the dtype and the device of the keys.
     """
-    wide = transformer.config._attn_implementation == ATTENTION and _is_faster_in_float32(states)
+    implementation = getattr(transformer.config, "_attn_implementation", None)
+    wide = implementation == ATTENTION and _is_faster_in_float32(states)
     return torch.float32 if wide else states.dtype
 
 

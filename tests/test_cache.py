@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gircse.cache import join_caches, new_cache, select_rows
@@ -11,19 +14,15 @@ from gircse.cache import join_caches, new_cache, select_rows
 
 def filled(rows: int, positions: int, *, grad: bool) -> tuple[DynamicCache, list[Tensor]]:
     cache, states = new_cache(), [torch.randn(rows, 2, positions, 4, requires_grad=grad) for _ in range(2)]
-    cache.update(*states, 0)
+    cache.update(states[0], states[1], 0)
     return cache, states
 
 
-def run(caches: list[DynamicCache], steps: list[tuple[Tensor, Tensor]], *, plain: bool) -> list[Tensor]:
+def run(caches: list[Any], steps: list[tuple[Tensor, Tensor]], *, plain: bool) -> list[Tensor]:
     """A number for every step that depends on all positions so far."""
     if plain:
-        keys, values = (
-            torch.cat(
-                [torch.nn.functional.pad(states, (0, 0, 5 - states.shape[2], 0)) for states in group]
-            )
-            for group in zip(*((cache.layers[0].keys, cache.layers[0].values) for cache in caches), strict=True)
-        )  # fmt: skip
+        groups = zip(*((cache.layers[0].keys, cache.layers[0].values) for cache in caches), strict=True)
+        keys, values = (torch.cat([F.pad(part, (0, 0, 5 - part.shape[2], 0)) for part in group]) for group in groups)
     else:
         joined = join_caches(caches, 5, len(steps), torch.float32)
     results = []
@@ -49,7 +48,7 @@ def test_gradients_are_those_of_concatenation() -> None:
         found.append(torch.autograd.grad(sum(results), leaves))  # type: ignore[arg-type]
         parts = [(new_cache(), states) for _, states in parts]
         for cache, states in parts:
-            cache.update(*states, 0)
+            cache.update(states[0], states[1], 0)
     for expected, gradient in zip(*found, strict=True):
         torch.testing.assert_close(gradient, expected)
 
