@@ -1,6 +1,7 @@
 """What packed weights buy by number of rows: a decoder's own products, plain and packed in turn, medians.
 
     python benchmarks/packed_products.py
+    python benchmarks/packed_products.py --dtype bfloat16 --output benchmarks/results/packed_products_bfloat16.json
 
 Each product goes through many different matrices, as in a decoder, so that none stays in the processor's caches. Writes
 benchmarks/results/packed_products.json.
@@ -32,17 +33,19 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packed_products.json")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     packed_weights.FEWEST_ROWS, packed_weights.MOST_ROWS = 1, 10**9  # where the bounds should be is what is asked
     table = Table("in", "out", "rows", "plain, ms", "packed, ms", "ratio")
     entries = []
     for width, out in SHAPES:
         with torch.inference_mode(False):
-            weights = [nn.Parameter(torch.randn(out, width)) for _ in range(20 if out < 10_000 else 1)]
+            weights = [nn.Parameter(torch.randn(out, width, dtype=dtype)) for _ in range(20 if out < 10_000 else 1)]
         packed = PackedWeights()
         for rows in ROWS:
-            x = torch.randn(rows, width)
+            x = torch.randn(rows, width, dtype=dtype)
             runs = {
                 "plain": lambda x=x, weights=weights: [F.linear(x, weight) for weight in weights],
                 "packed": lambda x=x, weights=weights, packed=packed: [packed.product(x, weight) for weight in weights],
@@ -58,7 +61,7 @@ def main() -> None:
             entries.append({"in": width, "out": out, "rows": rows, "plain_ms": plain, "packed_ms": fast})
             table.add_row(str(width), str(out), str(rows), f"{plain:.2f}", f"{fast:.2f}", f"{fast / plain:.2f}")
     Console().print(table)
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": arguments.dtype}
     arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")
 
 

@@ -6,6 +6,7 @@ import copy
 import runpy
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,6 +159,22 @@ def test_fused_layers_have_the_same_values_and_gradients(backbone: Path, options
     for name, gradient in gradients.items():
         assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
     assert not any("forward" in vars(layer) for layer in lora_layers(model.encoder.backbone)), "nothing is left behind"
+
+
+def test_a_float32_adapter_is_fused_over_bfloat16_weights(backbone: Path) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora, device="cpu", dtype=torch.bfloat16).train()
+    features, gradients = model.encoder.preprocess(TEXTS), []
+    for fused in (False, True):
+        model.zero_grad()
+        with fused_lora(model) if fused else nullcontext(0) as layers:
+            assert (layers > 0) == fused
+            model(dict(features))["step_embeddings"].sin().sum().backward()
+        trained = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert {gradient.dtype for gradient in trained} == {torch.float32}
+        gradients.append(torch.cat([gradient.flatten() for gradient in trained]))
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.99
 
 
 def test_threads_fold_an_adapter_once(adapted: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:

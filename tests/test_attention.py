@@ -1,4 +1,4 @@
-"""Attention in float32 under bfloat16: the same numbers, nearer to float32, where the processor has no AMX."""
+"""Attention in float32 under bfloat16: the same numbers, where the processor has no AMX."""
 
 from __future__ import annotations
 
@@ -36,15 +36,6 @@ def test_attention_is_computed_in_float32_without_amx(
     model.encode(TEXTS)
     dtype = torch.bfloat16 if amx else torch.float32
     assert seen == {(dtype, dtype)}
-
-
-def test_states_are_nearer_to_those_of_float32(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = torch.tensor(GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu").encode(TEXTS))
-    model, errors = load(backbone), []
-    for amx in (False, True):
-        monkeypatch.setattr(attention_module, "_has_amx", lambda amx=amx: amx)
-        errors.append(float((torch.tensor(model.encode(TEXTS)) - exact).norm()))
-    assert errors[0] < 1.2 * errors[1]
 
 
 def test_gradients_are_those_of_plain_attention(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
