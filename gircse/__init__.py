@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from gircse._version import __version__
 
 if TYPE_CHECKING:
-    from gircse.losses import CachedICRLoss, ICRLoss
+    from gircse.cached_loss import CachedICRLoss
+    from gircse.losses import ICRLoss
     from gircse.model import GIRCSE
 
 __all__ = ["GIRCSE", "CachedICRLoss", "ICRLoss", "__version__"]
@@ -19,8 +20,12 @@ def __getattr__(name: str) -> Any:
         from gircse.model import GIRCSE
 
         return GIRCSE
-    if name in ("CachedICRLoss", "ICRLoss"):
-        from gircse import losses
+    if name == "CachedICRLoss":
+        from gircse.cached_loss import CachedICRLoss
 
-        return getattr(losses, name)
+        return CachedICRLoss
+    if name == "ICRLoss":
+        from gircse.losses import ICRLoss
+
+        return ICRLoss
     raise AttributeError(f"module 'gircse' has no attribute {name!r}")

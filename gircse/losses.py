@@ -6,16 +6,15 @@ Knows embeddings after every step and which candidates are false negatives; know
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gircse.answer_loss import answer_loss, answer_tokens
 from gircse.errors import UsageError
 
 StepWeights = Literal["uniform", "linear"]
@@ -60,12 +59,15 @@ class ICRLoss(nn.Module):
         teacher_pairs: One of `TeacherPairs`. With ``all`` the divergence is the mean of two: of the candidates for each
             anchor, where a row's own positive outshines the rest, and of the texts of all other rows for each text,
             passages too, which tells how near texts are that are no pair.
+        answer_weight: Weight of the `answer_loss` that is added. Above 0 the last column holds the answers to the
+            anchors' instructions, which the anchors' soft tokens shall spell and which are not embedded.
 
     References:
         - Let LLMs Speak Embedding Languages: https://arxiv.org/abs/2509.24291
         - InfoNCE: https://arxiv.org/abs/1807.03748
         - Matryoshka Representation Learning: https://arxiv.org/abs/2205.13147
         - Distilling the Knowledge in a Neural Network: https://arxiv.org/abs/1503.02531
+        - Answer is All You Need (instructions followed by answering them): https://arxiv.org/abs/2402.09642
 
     Inputs:
         +-------------------------------------------------+--------------------------------------------------------+
@@ -75,17 +77,20 @@ class ICRLoss(nn.Module):
         +-------------------------------------------------+--------------------------------------------------------+
         | (anchor, positive, negative_1, ..., negative_n) | of each row's texts: (B, columns, width)               |
         +-------------------------------------------------+--------------------------------------------------------+
+        | either of these and, with an answer's weight,   |                                                        |
+        | an answer                                       | the same; answers have no labels                       |
+        +-------------------------------------------------+--------------------------------------------------------+
 
         A candidate with the same tokens as a row's positive, or as its anchor, is not a negative of that row, nor is
         the positive of another row of the same class.
 
     Relations:
         - ``MultipleNegativesRankingLoss`` is the case of a single step (and keeps identical positives as negatives).
-        - `CachedICRLoss` is the same loss for batches that do not fit into memory.
+        - `gircse.CachedICRLoss` is the same loss for batches that do not fit into memory.
 
     Raises:
-        UsageError: A temperature of 0 or less, a negative λ, widths below 1, a teacher's weight outside 0 to 1, or
-            nothing to contrast with.
+        UsageError: A temperature of 0 or less, a negative λ or answer's weight, widths below 1, a teacher's weight
+            outside 0 to 1, nothing to contrast with, or an answer without tokens.
 
     Example:
         >>> from gircse import GIRCSE, ICRLoss
@@ -113,6 +118,7 @@ class ICRLoss(nn.Module):
         teacher_weight: float = 0.5,
         teacher_temperature: float = 0.05,
         teacher_pairs: str = "anchors",
+        answer_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if min(temperature, teacher_temperature) <= 0:
@@ -123,6 +129,8 @@ class ICRLoss(nn.Module):
             raise UsageError(f"teacher_pairs must be one of {', '.join(get_args(TeacherPairs))}, not {teacher_pairs!r}")
         if refinement_weight < 0:
             raise UsageError(f"refinement_weight must be 0 or more, not {refinement_weight}")
+        if answer_weight < 0:
+            raise UsageError(f"answer_weight must be 0 or more, not {answer_weight}")
         if step_weights not in get_args(StepWeights):
             raise UsageError(f"step_weights must be one of {', '.join(get_args(StepWeights))}, not {step_weights!r}")
         if matryoshka_dims is not None and (not matryoshka_dims or min(matryoshka_dims) < 1):
@@ -140,8 +148,11 @@ class ICRLoss(nn.Module):
         self.teacher_weight = teacher_weight
         self.teacher_temperature = teacher_temperature
         self.teacher_pairs = teacher_pairs
+        self.answer_weight = answer_weight
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
+        self.last_answer_loss: float | None = None
+        """The answer loss of that pass, before its weight; None without answers."""
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
@@ -155,14 +166,52 @@ class ICRLoss(nn.Module):
         Returns:
             A scalar.
         """
-        columns = _checked(sentence_features)
+        columns, answers = self._split_answers(sentence_features)
         allowed = self.allowed_candidates(columns, labels)
         # All columns in one pass: the soft tokens of queries and passages are written together.
-        embeddings = self.model(join_columns(columns))["step_embeddings"]  # (B · columns, K, d)
-        return self.contrast(embeddings, allowed, self.teacher_scores(labels))
+        written = self._write(join_columns(columns))
+        return self._combine(written, allowed, self.teacher_scores(labels), answers)
+
+    def _split_answers(
+        self, sentence_features: Iterable[dict[str, Tensor]]
+    ) -> tuple[list[dict[str, Tensor]], list[list[int]] | None]:
+        """The columns to embed, and the tokens of each row's answer where there are answers."""
+        columns = [dict(features) for features in sentence_features]
+        answers = None
+        if self.answer_weight and columns:
+            answers = answer_tokens(columns.pop(), self._encoder.tokenizer)
+        if len(columns) < 2:
+            raise UsageError("ICRLoss needs an anchor and a positive column, and optionally negatives")
+        return columns, answers
+
+    @property
+    def _encoder(self) -> Any:
+        """The module that writes soft tokens."""
+        return self.model[0]
+
+    def _write(self, features: dict[str, Tensor]) -> Tensor:
+        """The embeddings after every step, (rows, K, d); with answers followed by as many states, h_0 first."""
+        features = self.model(features)
+        embeddings = features["step_embeddings"]
+        if not self.answer_weight:
+            return embeddings
+        return torch.cat([embeddings, features["refinement_states"][:, : embeddings.shape[1]]], dim=1)
+
+    def _combine(
+        self, written: Tensor, allowed: Tensor, teacher: list[Tensor] | None, answers: list[list[int]] | None
+    ) -> Tensor:
+        """The contrastive loss, and the answer loss where there are answers, of what `_write` returns."""
+        if answers is None:
+            self.last_answer_loss = None
+            return self.contrast(written, allowed, teacher)
+        embeddings, states = written.chunk(2, dim=1)
+        encoder = self._encoder
+        loss = answer_loss(states[: len(answers)], answers, encoder.decoder.vocabulary, encoder.refinement.temperature)
+        self.last_answer_loss = float(loss.detach())
+        return self.contrast(embeddings, allowed, teacher) + self.answer_weight * loss
 
     def contrast(self, embeddings: Tensor, allowed: Tensor, teacher: list[Tensor] | None = None) -> Tensor:
-        """The loss of embeddings.
+        """The contrastive loss of embeddings.
 
         Args:
             embeddings: (B · columns, K, d): anchors, positives, then each column of negatives.
@@ -329,6 +378,7 @@ class ICRLoss(nn.Module):
             "teacher_weight": self.teacher_weight,
             "teacher_temperature": self.teacher_temperature,
             "teacher_pairs": self.teacher_pairs,
+            "answer_weight": self.answer_weight,
         }
 
     @property
@@ -341,76 +391,6 @@ class ICRLoss(nn.Module):
     year={2025}
 }
 """
-
-
-class CachedICRLoss(CachedLossMixin, ICRLoss):
-    """`ICRLoss` at the memory of a micro-batch, whatever the batch: gradients are cached (GradCache).
-
-    The batch is embedded without a graph, the loss is differentiated down to the embeddings of all K steps, and each
-    micro-batch is embedded again with a graph, the same random numbers (dropout) replayed. The gradients are those of
-    `ICRLoss`, at the price of a second forward pass.
-
-    Args:
-        model: As in `ICRLoss`.
-        mini_batch_size: Texts embedded at a time, anchors and passages alike.
-        show_progress_bar: Of the micro-batches.
-        **options: As in `ICRLoss`.
-
-    References:
-        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup: https://arxiv.org/abs/2101.06983
-
-    Raises:
-        UsageError: As `ICRLoss`, and a micro-batch below 1.
-    """
-
-    def __init__(
-        self, model: SentenceTransformer, *, mini_batch_size: int = 32, show_progress_bar: bool = False, **options: Any
-    ) -> None:
-        super().__init__(model, **options)
-        if mini_batch_size < 1:
-            raise UsageError(f"mini_batch_size must be 1 or more, not {mini_batch_size}")
-        self.mini_batch_size = mini_batch_size
-        self.show_progress_bar = show_progress_bar
-        self._allowed: Tensor | None = None
-        self._teacher: list[Tensor] | None = None
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch; its ``backward`` embeds the micro-batches again. Arguments as in `ICRLoss.forward`."""
-        columns = _checked(sentence_features)
-        self._allowed, self._teacher = self.allowed_candidates(columns, labels), self.teacher_scores(labels)
-        # One joined column: a micro-batch may hold anchors and passages, and shares their decode.
-        return self.forward_cached([join_columns(columns)])
-
-    def embed_minibatch(
-        self,
-        sentence_feature: dict[str, Tensor],
-        begin: int,
-        end: int,
-        with_grad: bool,
-        copy_random_state: bool,
-        random_state: RandContext | None = None,
-    ) -> tuple[Tensor, RandContext | None]:
-        """The embeddings after every step, (end − begin, K, d), of a micro-batch."""
-        part = {key: value[begin:end] for key, value in sentence_feature.items()}
-        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
-            state = RandContext(*part.values()) if copy_random_state else None
-            embeddings = self.model(part)["step_embeddings"]
-        return embeddings, state
-
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
-        """The loss of the whole batch from its micro-batches' embeddings; see `CachedLossMixin`."""
-        assert self._allowed is not None, "forward sets the candidates before any embedding"
-        loss = self.contrast(torch.cat(reps[0]), self._allowed, self._teacher)
-        if with_backward:
-            loss.backward()
-            loss = loss.detach()
-        return loss
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """For the model card."""
-        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
 
 def combine_steps(
@@ -452,13 +432,6 @@ def join_columns(columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         key: torch.cat([F.pad(column[key], (longest - column[key].shape[1], 0)) for column in columns])
         for key in ("input_ids", "attention_mask")
     }
-
-
-def _checked(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    columns = [dict(features) for features in sentence_features]
-    if len(columns) < 2:
-        raise UsageError("ICRLoss needs an anchor and a positive column, and optionally negatives")
-    return columns
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
-from gircse.losses import CachedICRLoss, ICRLoss, TeacherPairs
+from gircse.cached_loss import CachedICRLoss
+from gircse.losses import ICRLoss, TeacherPairs
 from gircse.model import GIRCSE
 
 TEXTS = [

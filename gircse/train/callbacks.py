@@ -29,8 +29,9 @@ from gircse.model import GIRCSE
 
 Report = Callable[[dict[str, float]], None]
 """Called with the trainer's logs: loss, gradient norm, learning rate, ``step_loss_1`` ... ``step_loss_K``, the mean of
-these for every data set that had a batch as ``loss_of/NAME``, ``tokens_per_second`` and ``seconds_left``; after an
-evaluation ``eval_TASK`` and ``eval_mean``."""
+these for every data set that had a batch as ``loss_of/NAME``, the answer loss of those that have one as
+``answer_loss_of/NAME``, ``tokens_per_second`` and ``seconds_left``; after an evaluation ``eval_TASK`` and
+``eval_mean``."""
 
 EXPLODED = 10.0
 """A loss of this many times the running median of its data set is out of bounds."""
@@ -95,6 +96,7 @@ class StepLosses(TrainerCallback):
         self.sums: list[float] = []
         self.counts: list[int] = []
         self.by_name: dict[str, list[float]] = {}
+        self.answers: dict[str, list[float]] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
@@ -102,7 +104,9 @@ class StepLosses(TrainerCallback):
             if values := loss.last_step_losses:
                 self._add(values)
                 loss.last_step_losses = []
-                if not all(map(math.isfinite, values)):
+                if loss.last_answer_loss is not None:
+                    self.answers.setdefault(name, []).append(loss.last_answer_loss)
+                if not all(map(math.isfinite, (*values, loss.last_answer_loss or 0.0))):
                     # The step before was still good, and its weights are those of the checkpoint before that.
                     raise _diverged(f"the loss at step {step} is not a number", args.output_dir, step - 2)
                 mean = sum(values) / len(values)
@@ -129,7 +133,8 @@ class StepLosses(TrainerCallback):
             means = (total / count for total, count in zip(self.sums, self.counts, strict=True))
             logs |= {f"step_loss_{k}": round(mean, 4) for k, mean in enumerate(means, start=1)}
             logs |= {f"loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.by_name.items()}
-            self.sums, self.counts, self.by_name = [], [], {}
+            logs |= {f"answer_loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.answers.items()}
+            self.sums, self.counts, self.by_name, self.answers = [], [], {}, {}
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
 

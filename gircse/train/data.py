@@ -10,7 +10,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
+from gircse.train.answers import QUERIES_FORM, make_answers, matches
 from gircse.train.recipe import Recipe, Source
 
 try:
@@ -99,8 +99,8 @@ def source_path(folder: Path, source: Source) -> Path:
 def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> DatasetDict:
     """One data set a source, so that every batch holds one task.
 
-    Columns are ``anchor``, ``positive`` and ``negative_1``...; instructions are already in the texts. The rows and
-    their order depend on the files and the seed alone.
+    Columns are ``anchor``, ``positive`` and ``negative_1``..., and last ``answer`` where the source has answers;
+    instructions are already in the texts. The rows and their order depend on the files and the seed alone.
 
     Args:
         recipe: Says which rows.
@@ -126,11 +126,16 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         # A generator of the source's own: adding a source does not change the rows of the others.
         generator = random.Random(f"{recipe.seed}/{source.name}")
         drawn = generator.sample(rows, count)
+        forms: list[list[int]] = []
         if source.facet is None:
             texts = [_texts(row, source, generator) for row in drawn]
         else:
             texts, forms = _facet_texts(drawn, source, rows, generator)
-        rows = Dataset.from_list([_columns(row, source, own) for row, own in zip(drawn, texts, strict=True)])
+        columns = [_columns(row, source, own, generator) for row, own in zip(drawn, texts, strict=True)]
+        answers = make_answers(drawn, source, texts, forms, generator)
+        rows = Dataset.from_list(columns)
+        if answers:
+            rows = rows.add_column("answer", answers)
         if teacher is not None and source.teacher:
             read = 1 if source.teacher == "anchor" else len(texts[0])
             vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)
@@ -171,7 +176,7 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
         for row in read_rows(path):
             there[path][row["task"]] += 1
             for pattern, rows in patterns.items():
-                if _matches(row["task"], pattern):
+                if matches(row["task"], pattern):
                     rows.append(row)
     result = []
     for source in recipe.data.sources:
@@ -189,7 +194,7 @@ def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks
     """Raise where a source has no usable row; `tasks` counts the rows of every task in its place."""
     if usable:
         return
-    found = sum(number for task, number in tasks.items() if _matches(task, source.task))
+    found = sum(number for task, number in tasks.items() if matches(task, source.task))
     if found:
         task = "" if source.task is None else f" of {source.task}"
         raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
@@ -210,9 +215,9 @@ def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
     name = str(source.hub)
     try:
         stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
-        rows = _checked_rows((_renamed(row, name, source.instruction) for row in stream), name)
+        rows = _checked_rows((_renamed(row, name, source) for row in stream), name)
         tasks: Counter[str] = Counter()
-        usable = (row for row in _counted(rows, tasks) if _matches(row["task"], source.task) and _usable(row, source))
+        usable = (row for row in _counted(rows, tasks) if matches(row["task"], source.task) and _usable(row, source))
         found = list(islice(usable, source.examples))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -228,10 +233,11 @@ def _counted(rows: Iterable[dict[str, Any]], tasks: Counter[str]) -> Iterator[di
         yield row
 
 
-def _renamed(row: dict[str, Any], name: str, instruction: str | None) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], name: str, source: Source) -> dict[str, Any]:
+    given = source.instruction if isinstance(source.instruction, str | None) else source.instruction[0]
     return {
         **row,
-        "instruction": instruction or row.get("instruction") or row.get("prompt"),
+        "instruction": given or row.get("instruction") or row.get("prompt"),
         "task": row.get("task") or row.get("type") or name,
     }
 
@@ -261,11 +267,6 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
     return counts
 
 
-def _matches(task: str, pattern: str | None) -> bool:
-    """Whether a source's task, which may be a pattern, or None for all, means this one; a name means itself too."""
-    return pattern is None or task == pattern or fnmatchcase(task, pattern)
-
-
 def _usable(row: dict[str, Any], source: Source) -> bool:
     return source.facet is not None or len(row["neg"]) >= source.negatives
 
@@ -280,7 +281,7 @@ def _facet_texts(
 ) -> tuple[list[list[str]], list[list[int]]]:
     """Anchor, positive and negatives of the drawn rows; and under ``facet: form`` the number of each text's form.
 
-    Queries have one form, 0; the positives of every task one of their own.
+    Queries have one form, `QUERIES_FORM`; the positives of every task one of their own.
     """
     of_task: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -288,7 +289,7 @@ def _facet_texts(
     numbers = {task: number for number, task in enumerate(sorted(of_task), start=1)}
     texts, forms = [], []
     for row in drawn:
-        pair, pair_forms = (row["query"], generator.choice(row["pos"])), (0, numbers[row["task"]])
+        pair, pair_forms = (row["query"], generator.choice(row["pos"])), (QUERIES_FORM, numbers[row["task"]])
         side = generator.randrange(2)  # either form asks
         anchor, counterpart = pair[side], pair[1 - side]
         if source.facet == "content":
@@ -314,9 +315,12 @@ def _others(
     return found[:count]
 
 
-def _columns(row: dict[str, Any], source: Source, texts: list[str]) -> dict[str, str]:
+def _columns(row: dict[str, Any], source: Source, texts: list[str], generator: random.Random) -> dict[str, str]:
     """The texts with their prompts, by the name of their column."""
-    prompt = INSTRUCTION_TEMPLATE.format(instruction=source.instruction or row["instruction"])
+    instruction = source.instruction or row["instruction"]
+    if not isinstance(instruction, str):
+        instruction = generator.choice(instruction)
+    prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction)
     passage_prompt = prompt if source.symmetric else ""
     names = ["anchor", "positive", *(f"negative_{index}" for index in range(1, len(texts) - 1))]
     prompts = [prompt, *[passage_prompt] * (len(texts) - 1)]

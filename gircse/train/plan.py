@@ -291,7 +291,7 @@ def _kept_bytes(recipe: Recipe, source: _SourceLengths, of_a_token: int, vocabul
 
 
 def _text_columns(rows: Any) -> list[str]:
-    return [name for name in rows.column_names if name != "label"]
+    return [name for name in rows.column_names if name not in ("label", "answer")]
 
 
 def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:

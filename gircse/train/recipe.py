@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from gircse.encoder import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
@@ -71,6 +71,9 @@ class LossSection(_Section):
         default="anchors",
         description="all: the teacher also ranks all other rows' texts for every text",
     )
+    answer_weight: float = Field(
+        default=0.5, gt=0, description="of the loss of spelling the answer, in sources that have one"
+    )
 
     @model_validator(mode="after")
     def _someone_to_weigh(self) -> LossSection:
@@ -94,6 +97,9 @@ class LossSection(_Section):
         return self
 
 
+Instruction = Annotated[str, Field(min_length=1)]
+
+
 class Source(_Section):
     """Rows of one task in one file.
 
@@ -114,7 +120,13 @@ class Source(_Section):
         temperature: Instead of the loss's. A higher one where a likeness is to be learned that the vectors hardly have
             yet, as under ``facet: form``: at a low one, what they do have decides, and all vectors becoming the same
             is the fastest way down (docs/experiments.md).
-        instruction: Instead of the rows' own.
+        instruction: Instead of the rows' own. Of a list, every row draws one: what is asked for should not hang on a
+            wording.
+        answer: What the anchor's soft tokens shall spell, under the loss's `answer_weight`. For rows whose positive is
+            the name of a class a pattern of positives, e.g. ``intent: *``: what the star stands for is the answer. With
+            ``facet: form`` a mapping, the name of each form: of the queries' form by ``queries``, of a task's
+            positives by the task or a pattern of it, e.g. ``{queries: English, "*-en-fr": French}``. With ``facet:
+            content`` the word ``keyword``: a word of the row's query, drawn by its rarity, whichever side asks.
         class_field: A field of the rows, e.g. ``label``, that holds a class (a text or a whole number): the positives
             of rows of the same class are then no negatives of each other.
         facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
@@ -134,7 +146,8 @@ class Source(_Section):
     negatives: int = Field(default=0, ge=0)
     teacher: bool | Literal["anchor"] = True
     temperature: float | None = Field(default=None, gt=0)
-    instruction: str | None = Field(default=None, min_length=1)
+    instruction: Instruction | list[Instruction] | None = Field(default=None, min_length=1)
+    answer: str | dict[str, Instruction] | None = None
     class_field: str | None = Field(default=None, min_length=1)
     facet: Literal["content", "form"] | None = None
 
@@ -167,6 +180,19 @@ class Source(_Section):
             raise ValueError("a text has one counterpart in the other form: negatives: 1 or 0")
         if self.facet == "form" and self.class_field is not None:
             raise ValueError("class_field is not for facet: form, where a text's class is its form")
+        return self
+
+    @model_validator(mode="after")
+    def _an_answer_is_known(self) -> Source:
+        if isinstance(self.answer, dict) and (self.facet != "form" or "queries" not in self.answer):
+            raise ValueError("names to answer with belong to facet: form, and that of the queries' form among them")
+        if isinstance(self.answer, str):
+            if self.facet == "form":
+                raise ValueError("with facet: form, answer is a mapping: the names of the forms")
+            if self.facet == "content" and self.answer != "keyword":
+                raise ValueError("with facet: content, the answer is a keyword: answer: keyword")
+            if self.facet is None and self.answer.count("*") != 1:
+                raise ValueError("answer is a pattern of the positives with one * in it, e.g. 'intent: *'")
         return self
 
     @model_validator(mode="after")
@@ -293,6 +319,18 @@ class Recipe(_Section):
             raise ValueError("training.random_steps is the least and the largest K to draw, e.g. [1, 10]")
         if self.training.random_steps and self.model.num_steps == 0:
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_spell(self) -> Recipe:
+        answered = [source.name for source in self.data.sources if source.answer is not None]
+        if not answered and self.loss.answer_weight != LossSection.model_fields["answer_weight"].default:
+            raise ValueError("loss.answer_weight weighs spelled answers, and no source has an answer; leave it out")
+        if answered and self.refinement().encoder_only:
+            raise ValueError(
+                f"{answered[0]}: an answer is spelled by the last state of a causal prompt; leave out the answer, "
+                "or model.attention and the pooling prompt_mean"
+            )
         return self
 
     @model_validator(mode="after")

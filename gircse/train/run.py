@@ -19,8 +19,9 @@ from transformers.trainer_utils import sort_checkpoints
 
 from gircse._version import __version__
 from gircse.backbones import resolve_backbone
+from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, MissingExtraError, UsageError
-from gircse.losses import CachedICRLoss, ICRLoss
+from gircse.losses import ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.other_models import load_other_model
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
@@ -237,6 +238,7 @@ def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, IC
     for name in names:
         temperature = own[name].temperature or settings.temperature
         options |= {"in_batch_negatives": own[name].in_batch_negatives, "temperature": temperature}
+        options["answer_weight"] = 0.0 if own[name].answer is None else settings.answer_weight
         losses[name] = kind(model, **options)
     return losses
 
