@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -40,6 +42,16 @@ def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
                 return torch.bfloat16, f"this processor has {name}"
         return torch.float32, "this processor has neither AMX nor AVX512-BF16"
     return torch.float32, f"nothing is known of {kind}"
+
+
+@cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's own, on which alone MKL takes its fastest paths."""
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        described = platform.processor()
+    return "GenuineIntel" in described or "Intel64" in described
 
 
 def free_memory() -> int:

@@ -1,19 +1,22 @@
 """Weights packed for products with few rows, which is what soft tokens are made of on a CPU.
 
-Knows weights, MKL for float32 and oneDNN for bfloat16; knows nothing of layers, soft tokens or texts. Every product
-with few rows reorders the whole weight matrix before it multiplies, which costs as much as multiplying. The libraries
-can do it once and keep the result, which takes as much memory as the weights again; docs/experiments.md has what it
-buys.
+Knows weights, MKL and oneDNN; knows nothing of layers, soft tokens or texts. Every product with few rows reorders the
+whole weight matrix before it multiplies, which costs as much as multiplying. The libraries can do it once and keep the
+result, which takes as much memory as the weights again. PyTorch's own float32 products are MKL's, which leaves AVX512
+unused on processors that are not Intel's; there oneDNN's are faster with any number of rows. docs/experiments.md has
+what it buys.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,17 +24,53 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gircse.hardware import free_memory
-
-FEWEST_ROWS, MOST_ROWS = 4, 256
-"""Rows of a float32 product that packed weights make faster (benchmarks/packed_products.py); beyond they gain nothing.
-In bfloat16 a single row gains as well."""
+from gircse.hardware import free_memory, is_intel
 
 SHARE_OF_MEMORY = 0.25
 """Of the memory that is free when packing begins, how much all copies together may take."""
 
 _ROWS_PACKED_FOR = 64
 """What the libraries are told that products will have; the result is right for all others too (tested)."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """Whose packed products a dtype takes, and for how many rows they are faster (benchmarks/packed_products.py).
+
+    Attributes:
+        reorder: (out, in) weight and a number of rows -> packed copy.
+        multiply: x, the copy, the weight's shape as a tensor, bias -> product.
+        fewest: Rows.
+        most: Rows.
+    """
+
+    reorder: Callable[[Tensor, int], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    fewest: int
+    most: int
+
+
+def _by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Of the weight itself the operation takes the sizes alone: its rows are those that it is told to expect.
+    return torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x))
+
+
+def _by_onednn(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@cache
+def packing_library(dtype: torch.dtype) -> _Library | None:
+    """What packs weights of a dtype on this machine; None where nothing does."""
+    onednn = torch.backends.mkldnn.is_available()
+    if dtype == torch.bfloat16 and onednn and torch.cpu._is_avx512_bf16_supported():
+        # Beyond these rows PyTorch's own products, which are oneDNN's too, are as fast.
+        return _Library(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, 256)
+    if dtype == torch.float32 and onednn and not is_intel() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return _Library(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, sys.maxsize)
+    if dtype == torch.float32 and torch.backends.mkl.is_available():
+        return _Library(torch.ops.mkl._mkl_reorder_linear_weight, _by_mkl, 4, 256)
+    return None
 
 
 @dataclass(frozen=True)
@@ -124,19 +163,13 @@ class PackedWeights:
         Returns:
             None where there is no packed copy, or the rows are too few or too many for it.
         """
-        rows = x.numel() // x.shape[-1]
-        fewest = FEWEST_ROWS if x.dtype == torch.float32 else 1
-        if not fewest <= rows <= MOST_ROWS or x.dtype != weight.dtype:
+        rows, library = x.numel() // x.shape[-1], packing_library(weight.dtype)
+        if library is None or x.dtype != weight.dtype or not library.fewest <= rows <= library.most:
             return None
         packed = self._copy(weight, transposed)
         if packed is None:
             return None
-        if x.dtype == torch.bfloat16:
-            out = torch.ops.mkldnn._linear_pointwise(x.reshape(rows, -1), packed, bias, "none", [], "")
-        else:
-            # Of the weight itself the operation takes the sizes alone: its rows are those that it is told to expect.
-            shape = weight.t() if transposed else weight
-            out = torch.ops.mkl._mkl_linear(x.reshape(rows, -1), packed, shape, bias, rows)
+        out = library.multiply(x.reshape(rows, -1), packed, weight.t() if transposed else weight, bias)
         return out.view(*x.shape[:-1], -1)
 
     def _copy(self, weight: Tensor, transposed: bool) -> Tensor | None:
@@ -146,14 +179,12 @@ class PackedWeights:
         with self._lock:
             if (found := self._found(key, weight)) is not None:  # another thread's
                 return found
-            if not self.enabled or not _can_pack(weight) or not self._has_room(weight):
+            library = packing_library(weight.dtype)
+            if library is None or not self.enabled or not _can_pack(weight) or not self._has_room(weight):
                 return None
             with torch.inference_mode():
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
-                reorder = torch.ops.mkl._mkl_reorder_linear_weight
-                if weight.dtype == torch.bfloat16:
-                    reorder = torch.ops.mkldnn._reorder_linear_weight
-                packed = reorder(rows, _ROWS_PACKED_FOR)
+                packed = library.reorder(rows, _ROWS_PACKED_FOR)
             places = _places(weight)
             self._packed[key] = _Packed(
                 weakref.ref(weight), weight._version, weight.data_ptr(), places, places.clone(), packed, weight.nbytes
@@ -172,16 +203,9 @@ def _restored(enabled: bool) -> PackedWeights:
     return weights
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine packs weights of a dtype: bfloat16 where the processor multiplies it."""
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.float32 and torch.backends.mkl.is_available()
-
-
 def _can_pack(weight: Tensor) -> bool:
     return (
-        can_pack(weight.dtype)
+        packing_library(weight.dtype) is not None
         and type(weight) is nn.Parameter  # not computed anew at every call, nor quantised behind a float32 face
         and weight.device.type == "cpu"
         and weight.dim() == 2

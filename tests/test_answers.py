@@ -121,7 +121,8 @@ def test_an_answer_is_the_name_in_the_positive(folder: Path, backbone: Path) -> 
     data = load_training_data(recipe)
     assert data["rows/a"].column_names == ["anchor", "positive", "negative_1", "answer"]
     assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
-    for row in data["rows/a"]:
+    rows: list[Any] = data["rows/a"].to_list()
+    for row in rows:
         assert row["answer"] == " " + row["positive"].rsplit("pos ", 1)[1]
     with pytest.raises(GircseError, match=r"rows/a: the positive 'pos \d+' does not fit answer: 'name: \*'"):
         load_training_data(load_recipe(with_source(folder, backbone, answer="name: *")))
@@ -149,9 +150,10 @@ def test_an_answer_is_the_name_of_the_form(folder: Path, backbone: Path) -> None
     facet_rows(folder)
     names = {"queries": "English", "*-a": "French", "en-b": "German"}
     data = load_training_data(load_recipe(facet(folder, backbone, "form", answer=names)))["pairs/en-*/form"]
+    rows: list[Any] = data.to_list()
     tasks = {f"pos {i}" for i in range(24)}
     seen = set()
-    for row in data:
+    for row in rows:
         text = row["anchor"].split("\nQuery:")[1]
         assert (row["answer"] == " English") == (text not in tasks)
         seen.add(row["answer"])
@@ -165,14 +167,15 @@ def test_an_answer_is_a_keyword_of_the_query(folder: Path, backbone: Path) -> No
     facet_rows(folder)
     recipe = load_recipe(facet(folder, backbone, "content", answer="keyword"))
     data = load_training_data(recipe)["pairs/en-*/content"]
-    assert {row["answer"] for row in data} == {" small", " number", " query"}
+    assert set(data["answer"]) == {" small", " number", " query"}
     assert load_training_data(recipe)["pairs/en-*/content"][:] == data[:], "the same words every time"
 
 
 def test_every_row_draws_one_of_several_wordings(folder: Path, backbone: Path) -> None:
     facet_rows(folder)
     data = load_training_data(load_recipe(facet(folder, backbone, "content")))["pairs/en-*/content"]
-    prompts = [[row[name].split("\nQuery:")[0] for name in ("anchor", "positive", "negative_1")] for row in data]
+    rows: list[Any] = data.to_list()
+    prompts = [[text.split("\nQuery:")[0] for text in row.values()] for row in rows]
     assert all(len(set(row)) == 1 for row in prompts), "all texts of a row are read under the same words"
     assert {row[0] for row in prompts} == {"Instruct: by content", "Instruct: as content"}
 
@@ -199,7 +202,7 @@ def test_answers_that_cannot_be_are_refused(folder: Path, backbone: Path) -> Non
 
 def test_a_run_with_answers_logs_their_loss_and_its_weight_counts(folder: Path, backbone: Path) -> None:
     def run(name: str, weight: float) -> list[dict[str, float]]:
-        content = values(folder, backbone) | {"loss": {"answer_weight": weight}}
+        content: dict[str, Any] = values(folder, backbone) | {"loss": {"answer_weight": weight}}
         content["data"]["sources"][0]["answer"] = "pos *"
         logs: list[dict[str, float]] = []
         train(load_recipe(write(folder, content)), folder / name, report=logs.append)

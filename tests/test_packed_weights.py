@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,27 +17,41 @@ from torch.nn import functional as F
 from gircse import packed_weights
 from gircse.adapter import lora_layers
 from gircse.model import GIRCSE
-from gircse.packed_weights import FEWEST_ROWS, MOST_ROWS, PackedWeights, can_pack
+from gircse.packed_weights import PackedWeights, packing_library
 
 CPU = torch.device("cpu")
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five"]
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
+pytestmark = pytest.mark.skipif(packing_library(torch.float32) is None, reason="this processor packs nothing")
+
+PACKS_BFLOAT16 = packing_library(torch.bfloat16) is not None
 
 
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor packs no bfloat16")
-)
+@pytest.fixture(params=["MKL", "oneDNN", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    """Of the weights, float32 by either library, whichever of them this processor would take."""
+    if request.param == "bfloat16":
+        if not PACKS_BFLOAT16:
+            pytest.skip("this processor packs no bfloat16")
+        yield torch.bfloat16
+        return
+    monkeypatch.setattr(packed_weights, "is_intel", lambda: request.param == "MKL")
+    packing_library.cache_clear()
+    library = packing_library(torch.float32)
+    assert library is not None
+    if library.multiply is not {"MKL": packed_weights._by_mkl, "oneDNN": packed_weights._by_onednn}[request.param]:
+        pytest.skip(f"{request.param} packs nothing here")
+    yield torch.float32
+    packing_library.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize(("wide", "narrow"), [(576, 1536), (1536, 576), (576, 192), (17, 5)])
 def test_products_are_those_of_the_plain_layer(wide: int, narrow: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer, weights = nn.Linear(wide, narrow, bias=narrow != 576, dtype=dtype), PackedWeights()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
-        for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 256, 257):
+        for rows in (1, 3, 4, 5, 8, 17, 64, 65, 100, 255, 256, 257, 1100):
             x = torch.randn(rows, wide, dtype=dtype)
             with weights.products(CPU):
                 found = layer(x)
@@ -44,21 +59,22 @@ def test_products_are_those_of_the_plain_layer(wide: int, narrow: int, dtype: to
     assert len(weights) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize(("out", "width"), [(1536, 576), (576, 1536), (5, 17)])
 def test_the_product_for_a_gradient(out: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, weights = nn.Parameter(torch.randn(out, width, dtype=dtype)), PackedWeights()
     rtol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (2e-2, 0.2)
-    for rows in (4, 7, 32, 130, MOST_ROWS):
+    library = packing_library(dtype)
+    assert library is not None
+    for rows in (library.fewest, 4, 7, 32, 130, min(library.most, 300)):
         grad = torch.randn(rows, out, dtype=dtype)
         with torch.no_grad():
             found = weights.product(grad, weight, transposed=True)
         assert found is not None
         torch.testing.assert_close(found, grad @ weight.detach(), rtol=rtol, atol=atol)
-    assert weights.product(torch.randn(MOST_ROWS + 1, out, dtype=dtype), weight, transposed=True) is None
-    single = weights.product(torch.randn(1, out, dtype=dtype), weight, transposed=True)
-    assert (single is None) == (dtype == torch.float32), "in bfloat16 a single row gains as well"
+    for rows in (library.fewest - 1, library.most + 1):
+        if 0 < rows < 1000:
+            assert weights.product(torch.randn(rows, out, dtype=dtype), weight, transposed=True) is None
     assert len(weights) == 1
 
 
@@ -68,11 +84,14 @@ def test_rows_of_another_dtype_than_the_weight_stay_plain() -> None:
     assert not len(weights)
 
 
-def test_only_few_rows_without_gradients_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rows_without_gradients_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only as many as it pays for: here by MKL's bounds."""
+    bounds = packed_weights._Library(torch.ops.mkl._mkl_reorder_linear_weight, packed_weights._by_mkl, 4, 256)
+    monkeypatch.setattr(packed_weights, "packing_library", lambda dtype: bounds)
     layer, asked, weights = nn.Linear(8, 8), [], PackedWeights()
     monkeypatch.setattr(weights, "_copy", lambda weight, transposed: asked.append(transposed))
     with torch.no_grad(), weights.products(CPU):
-        for rows, taken in ((FEWEST_ROWS - 1, 0), (FEWEST_ROWS, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, 0)):
+        for rows, taken in ((3, 0), (4, 1), (256, 1), (257, 0)):
             asked.clear()
             layer(torch.randn(rows, 8))
             assert len(asked) == taken
@@ -130,7 +149,7 @@ def test_a_folded_adapter_is_in_the_packed_weights(model: GIRCSE) -> None:
         torch.testing.assert_close(torch.tensor(packed), torch.tensor(model.encode(TEXTS)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor packs no bfloat16")
+@pytest.mark.skipif(not PACKS_BFLOAT16, reason="this processor packs no bfloat16")
 def test_folded_bfloat16_weights_are_packed(model: GIRCSE, tmp_path: Path) -> None:
     model.encoder.add_lora(LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.save_pretrained(str(tmp_path))

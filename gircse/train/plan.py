@@ -22,7 +22,7 @@ from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError
 from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
-from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, can_pack
+from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
@@ -273,7 +273,7 @@ def _packs_weights(recipe: Recipe) -> bool:
     """Whether training keeps packed copies of frozen weights, as it does for soft tokens on a CPU."""
     return (
         not torch.cuda.is_available()
-        and can_pack(getattr(torch, recipe.training.dtype))
+        and packing_library(getattr(torch, recipe.training.dtype)) is not None
         and PackedWeights().enabled
         and recipe.lora is not None
         and _bounds_of_steps(recipe)[1] > 0
