@@ -34,7 +34,7 @@ _ROWS_PACKED_FOR = 64
 
 
 @dataclass(frozen=True)
-class _Library:
+class PackingLibrary:
     """Whose packed products a dtype takes, and for how many rows they are faster (benchmarks/packed_products.py).
 
     Attributes:
@@ -60,16 +60,16 @@ def _by_onednn(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 @cache
-def packing_library(dtype: torch.dtype) -> _Library | None:
+def packing_library(dtype: torch.dtype) -> PackingLibrary | None:
     """What packs weights of a dtype on this machine; None where nothing does."""
     onednn = torch.backends.mkldnn.is_available()
     if dtype == torch.bfloat16 and onednn and torch.cpu._is_avx512_bf16_supported():
         # Beyond these rows PyTorch's own products, which are oneDNN's too, are as fast.
-        return _Library(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, 256)
+        return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, 256)
     if dtype == torch.float32 and onednn and not is_intel() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return _Library(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, sys.maxsize)
+        return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, sys.maxsize)
     if dtype == torch.float32 and torch.backends.mkl.is_available():
-        return _Library(torch.ops.mkl._mkl_reorder_linear_weight, _by_mkl, 4, 256)
+        return PackingLibrary(torch.ops.mkl._mkl_reorder_linear_weight, _by_mkl, 4, 256)
     return None
 
 

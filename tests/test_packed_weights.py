@@ -86,7 +86,7 @@ def test_rows_of_another_dtype_than_the_weight_stay_plain() -> None:
 
 def test_only_rows_without_gradients_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """And only as many as it pays for: here by MKL's bounds."""
-    bounds = packed_weights._Library(torch.ops.mkl._mkl_reorder_linear_weight, packed_weights._by_mkl, 4, 256)
+    bounds = packed_weights.PackingLibrary(torch.ops.mkl._mkl_reorder_linear_weight, packed_weights._by_mkl, 4, 256)
     monkeypatch.setattr(packed_weights, "packing_library", lambda dtype: bounds)
     layer, asked, weights = nn.Linear(8, 8), [], PackedWeights()
     monkeypatch.setattr(weights, "_copy", lambda weight, transposed: asked.append(transposed))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,13 +271,14 @@ def _bounds_of_steps(recipe: Recipe) -> tuple[int, int]:
 
 
 def _packs_weights(recipe: Recipe) -> bool:
-    """Whether training keeps packed copies of frozen weights, as it does for soft tokens on a CPU."""
+    """Whether training keeps packed copies of frozen weights, as it does on a CPU for the products that they serve."""
+    library = packing_library(getattr(torch, recipe.training.dtype))
     return (
         not torch.cuda.is_available()
-        and packing_library(getattr(torch, recipe.training.dtype)) is not None
+        and library is not None
         and PackedWeights().enabled
         and recipe.lora is not None
-        and _bounds_of_steps(recipe)[1] > 0
+        and (_bounds_of_steps(recipe)[1] > 0 or library.most == sys.maxsize)
     )
 
 
@@ -310,12 +312,16 @@ def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, froze
 
 
 def matrix_rate(size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a matrix product here, the best of a few."""
+    """Operations a second of a matrix product here, by packed weights where they serve it, the best of a few."""
     a, b = torch.randn(2, size, size).to(dtype).unbind()
+    library = packing_library(dtype)
+    multiply = partial(torch.mm, a, b)
+    if library is not None and library.most >= size and not torch.cuda.is_available():
+        multiply = partial(library.multiply, a, library.reorder(b, size), b, None)
     best = math.inf
     for _ in range(repeats):
         started = time.perf_counter()
-        torch.mm(a, b)
+        multiply()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
