@@ -69,9 +69,11 @@ def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
     assert logged(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 3.0}]
 
 
+@pytest.mark.parametrize("answer", [None, "pos *"])
 def test_speed_counts_the_tokens_of_prompts_and_soft_tokens(
-    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None
 ) -> None:
+    """Not those of answers, which are not embedded."""
     counted: list[int] = []
     on_log = Speed.on_log
 
@@ -82,7 +84,7 @@ def test_speed_counts_the_tokens_of_prompts_and_soft_tokens(
     monkeypatch.setattr(Speed, "on_log", spy)
     content = values(folder, backbone)
     content["data"]["sources"] = content["data"]["sources"][:1]
-    content["data"]["sources"][0]["examples"] = 4  # one batch
+    content["data"]["sources"][0] |= {"examples": 4, "answer": answer}  # one batch
     recipe, logs = load_recipe(write(folder, content)), list[dict[str, float]]()
     train(recipe, folder / "out", report=logs.append)
     rows = load_training_data(recipe)["rows/a"]

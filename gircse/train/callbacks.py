@@ -160,7 +160,9 @@ class Speed(TrainerCallback):
             loss.register_forward_pre_hook(self._count)
 
     def _count(self, loss: nn.Module, arguments: tuple[Any, ...]) -> None:
-        masks = [column["attention_mask"] for column in arguments[0]]  # (B, N) each
+        columns = list(arguments[0])
+        embedded = columns[:-1] if isinstance(loss, ICRLoss) and loss.answer_weight else columns
+        masks = [column["attention_mask"] for column in embedded]  # (B, N) each
         self.tokens += sum(int(mask.sum()) + len(mask) * self.model.num_steps for mask in masks)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
