@@ -89,6 +89,7 @@ def test_an_answer_is_learned(model: GIRCSE) -> None:
 @pytest.mark.parametrize("mini_batch", [1, 4])
 def test_cached_gradients_equal_plain_ones_with_answers(model: GIRCSE, mini_batch: int) -> None:
     model.encoder.backbone.requires_grad_(True)
+    model.encoder.packed_weights.enabled = False
     batch = columns(model, ANCHORS, POSITIVES, ANSWERS)
     options: dict[str, Any] = {"temperature": 0.5, "answer_weight": 0.8}
     found = []
