@@ -39,9 +39,9 @@ class PackingLibrary:
 
     Attributes:
         reorder: (out, in) weight and a number of rows -> packed copy.
-        multiply: x, the copy, the weight's shape as a tensor, bias -> product.
-        fewest: Rows.
-        most: Rows.
+        multiply: x (rows, in), the copy, a tensor of the weight's shape, bias or None -> (rows, out).
+        fewest: Rows of x from which on it is faster.
+        most: Rows of x up to which it is.
     """
 
     reorder: Callable[[Tensor, int], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 import torch
 
 from gircse.answer_loss import answer_loss, answer_tokens
-from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, UsageError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
+from gircse.train.answers import _keywords
 from gircse.train.data import load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import load_recipe
 from gircse.train.run import train
-from tests.test_losses import ANCHORS, POSITIVES, columns
+from tests.test_losses import ANCHORS, POSITIVES, assert_cached_equals_plain, columns
 from tests.training_recipe import ROWS, values, write, write_rows
 
 ANSWERS = [" author", " a cat and more", " in italy"]
@@ -88,20 +89,8 @@ def test_an_answer_is_learned(model: GIRCSE) -> None:
 
 @pytest.mark.parametrize("mini_batch", [1, 4])
 def test_cached_gradients_equal_plain_ones_with_answers(model: GIRCSE, mini_batch: int) -> None:
-    model.encoder.backbone.requires_grad_(True)
-    model.encoder.packed_weights.enabled = False
     batch = columns(model, ANCHORS, POSITIVES, ANSWERS)
-    options: dict[str, Any] = {"temperature": 0.5, "answer_weight": 0.8}
-    found = []
-    for loss in (ICRLoss(model, **options), CachedICRLoss(model, mini_batch_size=mini_batch, **options)):
-        model.zero_grad()
-        value = loss(batch)
-        value.backward()
-        found.append((value.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert len(found[0][1]) == len(found[1][1]) > 0
-    for a, b in zip(found[0][1], found[1][1], strict=True):
-        assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-7
+    assert_cached_equals_plain(model, batch, mini_batch, temperature=0.5, answer_weight=0.8)
 
 
 def test_an_answer_is_no_column_to_contrast_with(model: GIRCSE) -> None:
@@ -170,6 +159,16 @@ def test_an_answer_is_a_keyword_of_the_query(folder: Path, backbone: Path) -> No
     data = load_training_data(recipe)["pairs/en-*/content"]
     assert set(data["answer"]) == {" small", " number", " query"}
     assert load_training_data(recipe)["pairs/en-*/content"][:] == data[:], "the same words every time"
+
+
+def test_keywords_are_rare_but_not_unique() -> None:
+    drawn = _keywords(
+        ["common rarer"] * 50 + ["common thing"] * 400 + ["common single", "lonely", "ab"], random.Random(0)
+    )
+    assert drawn[:50].count("rarer") > 32, "in proportion to 1/√frequency: three of four"
+    assert drawn[-3:] == ["common", "lonely", "ab"], (
+        "a word of one query only where there is no other, and then the query"
+    )
 
 
 def test_every_row_draws_one_of_several_wordings(folder: Path, backbone: Path) -> None:

@@ -54,3 +54,21 @@ def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch
         assert free_memory() == free
     limit.write_text("max\n")
     assert free_memory() == pytest.approx(machine, rel=0.5), "no limit"
+
+
+@pytest.mark.parametrize(
+    ("described", "intel"), [("vendor_id\t: GenuineIntel", True), ("vendor_id\t: AuthenticAMD", False), (None, True)]
+)
+def test_intels_processors_are_told_from_others(
+    described: str | None, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path, **options: str) -> str:
+        if described is None:
+            raise FileNotFoundError(path)
+        return described
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "Intel64 Family 6 Model 85")
+    hardware.is_intel.cache_clear()
+    assert hardware.is_intel() == intel
+    hardware.is_intel.cache_clear()
