@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from gircse.batches import plan_batches
 from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
+from gircse.model_card import GIRCSEModelCardData
 from gircse.refiner import pool_steps, refine
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class GIRCSE(SentenceTransformer):
     """
 
     default_huggingface_organization = None
+    model_card_data_class = GIRCSEModelCardData
     # The package's own module is no remote code: it needs no trust_remote_code, and any other does.
     _module_classes: ClassVar[Mapping[str, type[torch.nn.Module]]] = {
         "gircse.encoder.GenerativeEncoder": GenerativeEncoder

@@ -109,11 +109,11 @@ def with_source(folder: Path, backbone: Path, **source: Any) -> Path:
 def test_an_answer_is_the_name_in_the_positive(folder: Path, backbone: Path) -> None:
     recipe = load_recipe(with_source(folder, backbone, answer="pos *"))
     data = load_training_data(recipe)
-    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1", "answer"]
+    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1", "answer_to_spell"]
     assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
     rows: list[Any] = data["rows/a"].to_list()
     for row in rows:
-        assert row["answer"] == " " + row["positive"].rsplit("pos ", 1)[1]
+        assert row["answer_to_spell"] == " " + row["positive"].rsplit("pos ", 1)[1]
     with pytest.raises(GircseError, match=r"rows/a: the positive 'pos \d+' does not fit answer: 'name: \*'"):
         load_training_data(load_recipe(with_source(folder, backbone, answer="name: *")))
 
@@ -145,8 +145,8 @@ def test_an_answer_is_the_name_of_the_form(folder: Path, backbone: Path) -> None
     seen = set()
     for row in rows:
         text = row["anchor"].split("\nQuery:")[1]
-        assert (row["answer"] == " English") == (text not in tasks)
-        seen.add(row["answer"])
+        assert (row["answer_to_spell"] == " English") == (text not in tasks)
+        seen.add(row["answer_to_spell"])
     assert seen == {" English", " French", " German"}
     del names["en-b"]
     with pytest.raises(GircseError, match="answer has no name for the positives of en-b; add one"):
@@ -157,7 +157,7 @@ def test_an_answer_is_a_keyword_of_the_query(folder: Path, backbone: Path) -> No
     facet_rows(folder)
     recipe = load_recipe(facet(folder, backbone, "content", answer="keyword"))
     data = load_training_data(recipe)["pairs/en-*/content"]
-    assert set(data["answer"]) == {" small", " number", " query"}
+    assert set(data["answer_to_spell"]) == {" small", " number", " query"}
     assert load_training_data(recipe)["pairs/en-*/content"][:] == data[:], "the same words every time"
 
 
@@ -200,7 +200,9 @@ def test_answers_that_cannot_be_are_refused(folder: Path, backbone: Path) -> Non
         load_recipe(write(folder, content))
 
 
-def test_a_run_with_answers_logs_their_loss_and_its_weight_counts(folder: Path, backbone: Path) -> None:
+def test_a_run_with_answers_logs_their_loss_and_its_weight_counts(
+    folder: Path, backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def run(name: str, weight: float) -> list[dict[str, float]]:
         content: dict[str, Any] = values(folder, backbone) | {"loss": {"answer_weight": weight}}
         content["data"]["sources"][0]["answer"] = "pos *"
@@ -209,6 +211,7 @@ def test_a_run_with_answers_logs_their_loss_and_its_weight_counts(folder: Path, 
         return [entry for entry in logs if "loss" in entry]
 
     light, heavy = run("light", 0.1), run("heavy", 2.0)
+    assert "Column" not in caplog.text, "the collator warned of a column's name"
     answered = [entry for entry in light if "answer_loss_of/rows/a" in entry]
     assert len(answered) == 4, "16 rows in batches of 4, a log entry a step"
     assert not any("answer_loss_of/rows/b" in entry for entry in light)

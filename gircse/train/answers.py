@@ -14,6 +14,9 @@ from typing import Any
 from gircse.errors import GircseError
 from gircse.train.recipe import Source
 
+ANSWER_COLUMN = "answer_to_spell"
+"""Of training data. A column called ``answer`` is taken for the positive by sentence-transformers' collator."""
+
 QUERIES_FORM = 0
 """Number of the form that all queries of a ``facet: form`` source are in."""
 

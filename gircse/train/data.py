@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
-from gircse.train.answers import QUERIES_FORM, make_answers, matches
+from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers, matches
 from gircse.train.recipe import Recipe, Source
 
 try:
@@ -99,8 +99,8 @@ def source_path(folder: Path, source: Source) -> Path:
 def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> DatasetDict:
     """One data set a source, so that every batch holds one task.
 
-    Columns are ``anchor``, ``positive`` and ``negative_1``..., and last ``answer`` where the source has answers;
-    instructions are already in the texts. The rows and their order depend on the files and the seed alone.
+    Columns are ``anchor``, ``positive`` and ``negative_1``..., and last ``answer_to_spell`` where the source has
+    answers; instructions are already in the texts. The rows and their order depend on the files and the seed alone.
 
     Args:
         recipe: Says which rows.
@@ -135,7 +135,7 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         answers = make_answers(drawn, source, texts, forms, generator)
         rows = Dataset.from_list(columns)
         if answers:
-            rows = rows.add_column("answer", answers)
+            rows = rows.add_column(ANSWER_COLUMN, answers)
         if teacher is not None and source.teacher:
             read = 1 if source.teacher == "anchor" else len(texts[0])
             vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)

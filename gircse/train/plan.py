@@ -24,6 +24,7 @@ from gircse.errors import GircseError
 from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
+from gircse.train.answers import ANSWER_COLUMN
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
 
@@ -293,7 +294,7 @@ def _kept_bytes(recipe: Recipe, source: _SourceLengths, of_a_token: int, vocabul
 
 
 def _text_columns(rows: Any) -> list[str]:
-    return [name for name in rows.column_names if name not in ("label", "answer")]
+    return [name for name in rows.column_names if name not in ("label", ANSWER_COLUMN)]
 
 
 def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:
