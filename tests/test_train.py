@@ -303,6 +303,21 @@ def test_a_plan_counts_packed_copies_and_the_longest_texts(
     assert plan_training(load_recipe(write(folder, content))).memory_bytes < plan.memory_bytes
 
 
+def test_a_plan_counts_what_bfloat16_keeps_in_float32(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIRCSE_PACKED_WEIGHTS", "0")
+
+    def memory(dtype: str, rows: int) -> float:
+        content = values(folder, backbone)
+        content["model"]["num_steps"] = 0
+        content["training"] |= {"dtype": dtype, "micro_batch_size": rows}
+        return plan_training(load_recipe(write(folder, content))).memory_bytes
+
+    wide, narrow = (memory(dtype, 2) - memory(dtype, 1) for dtype in ("float32", "bfloat16"))  # of a row
+    assert narrow > 0.6 * wide, "norms and attention stay in float32"
+
+
 def test_set_replaces_values_of_the_recipe(folder: Path, backbone: Path) -> None:
     path = write(folder, values(folder, backbone))
     recipe = load_recipe(path, {"model.pooling": "last", "lora": "null", "loss.matryoshka_dims": "[8, 16]"})

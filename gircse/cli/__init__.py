@@ -22,6 +22,7 @@ from gircse.cli.explain import explain
 from gircse.cli.index import index
 from gircse.cli.info import info
 from gircse.cli.map import map
+from gircse.cli.merge import merge
 from gircse.cli.mine import mine
 from gircse.cli.report import report
 from gircse.cli.rerank import rerank
@@ -40,7 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    demo, embed, similarity, explain, index, search, rerank, ask, map, evaluate, report, train, mine, serve, info,
+    demo, embed, similarity, explain, index, search, rerank, ask, map, evaluate, report, train, merge, mine, serve,
+    info,
 )  # fmt: skip
 for command in VERBS:
     app.command(command.__name__)(command)
