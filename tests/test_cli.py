@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from peft import LoraConfig
 
 import gircse.cli
+from gircse.cli.common import quiet_libraries
 from gircse.model import GIRCSE
 
 
@@ -138,3 +140,12 @@ def test_demo_tells_what_it_computed(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "en-193" in facts["answer"]["cited"], "the answer cites the passage that answers"
     for text in ("coldest place", "soft tokens", "gircse embed"):
         assert text in err
+
+
+def test_the_hubs_retries_stay_off_the_terminal() -> None:
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.WARNING)
+    with quiet_libraries():
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    hub.setLevel(before)

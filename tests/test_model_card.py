@@ -31,7 +31,24 @@ def test_card_of_a_recipe_has_every_source_and_no_row(tmp_path: Path, backbone: 
     assert "2509.24291" in card.split("```bibtex")[1]
     assert not any(row["query"] in card or row["pos"][0] in card for row in ROWS)
     assert len(card) < 5000
+    assert "sentence-transformers' trainer" not in card, "the recipe's sources once"
     assert "gircse" in (metadata_load(tmp_path / "run" / "README.md") or {})["tags"]
+
+
+def test_card_of_a_recipes_model_that_another_trainer_went_on_with_has_both(tmp_path: Path, backbone: Path) -> None:
+    write_rows(tmp_path)
+    train(Recipe(**values(tmp_path, backbone)), tmp_path / "run")
+    model = GIRCSE(str(tmp_path / "run"), device="cpu")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    rows = Dataset.from_dict({"anchor": ["a secret", "b"], "positive": ["c", "d"]})
+    arguments = SentenceTransformerTrainingArguments(str(tmp_path / "more"), max_steps=1, report_to="none")
+    SentenceTransformerTrainer(model, arguments, {"pairs": rows}, loss=ICRLoss(model)).train()
+    model.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| rows | a | 16 | x |" in card
+    assert "After that by sentence-transformers' trainer" in card
+    assert "| pairs | 2 |" in card
 
 
 def test_card_of_another_trainers_run_has_its_data_sets_by_name_and_size(tmp_path: Path, backbone: Path) -> None:

@@ -40,13 +40,14 @@ stderr = Console(stderr=True)
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep progress bars and warnings of transformers off the terminal."""
+    """Keep progress bars and warnings of libraries off the terminal; the hub's client tells of each of its retries."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    for name in ("sentence_transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:

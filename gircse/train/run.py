@@ -75,6 +75,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
     model.max_seq_length = recipe.data.max_seq_length
     trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
+    model.model_card_data.train_datasets = []  # the card has the recipe's sources
     with fused_lora(model, model.encoder.packed_weights):
         trainer.train(resume_from_checkpoint=last if resume else None)
     model.encoder.packed_weights.drop()  # half of them served gradients
