@@ -40,7 +40,7 @@ def merge_models(models: Sequence[str], weights: Sequence[float] | None = None) 
         GircseError: A model is not to be had, has no trained weights, or differs from the first in its backbone, in
             what the vectors depend on, or in the shapes of its weights.
     """
-    shares = _shares(weights, len(models))
+    shares = merging_shares(weights, len(models))
     merged = GIRCSE(models[0], device="cpu")
     totals = {name: tensor.float() * shares[0] for name, tensor in _trained_weights(merged, models[0]).items()}
     history = [_facts(models[0], merged, shares[0])]
@@ -59,7 +59,12 @@ def merge_models(models: Sequence[str], weights: Sequence[float] | None = None) 
     return merged
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+def merging_shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Each model's part of the mean; they add up to 1.
+
+    Raises:
+        UsageError: Fewer than two models, or weights that do not fit them.
+    """
     weights = [1.0] * count if weights is None else weights
     if count < 2:
         raise UsageError("merging takes two models or more")

@@ -466,12 +466,13 @@ class GIRCSE(SentenceTransformer):
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         path = Path(model_name_or_path)
-        if path.is_absolute() and not path.exists():
-            raise GircseError(f"{model_name_or_path} is no saved GIRCSE model: no such folder")
-        raise GircseError(
-            f"{model_name_or_path} is no saved GIRCSE model; GIRCSE.from_backbone({model_name_or_path!r}) makes an "
-            "untrained one from a decoder"
-        )
+        if path.exists():
+            raise GircseError(
+                f"{model_name_or_path} is no saved GIRCSE model; if it is a decoder, an untrained one is made of it by "
+                f"--backbone or GIRCSE.from_backbone({model_name_or_path!r})"
+            )
+        hub = "" if path.is_absolute() else ", nor to be had from the hub"
+        raise GircseError(f"{model_name_or_path} is no saved GIRCSE model: no such folder{hub}")
 
 
 def _check_no_backbone(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,12 @@ def test_the_verb_saves_a_model_that_says_what_it_is_made_of(tmp_path: Path, bac
         refused = CliRunner().invoke(app, [*call, *more])
         assert refused.exit_code != 0
         assert message in str(refused.exception)
+
+
+def test_a_wrong_call_of_the_verb_fetches_no_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verb = sys.modules["gircse.cli.merge"]  # gircse.cli.merge itself is the function
+    monkeypatch.setattr(verb, "prepare_backbone", lambda *_: pytest.fail("fetched"))
+    two = ["runs/one", "runs/two"]
+    for call in (two[:1], [*two, "--weights", "1"], [*two, "--weights", "1,0"]):
+        result = CliRunner().invoke(app, ["merge", *call, "-o", str(tmp_path / "out")])
+        assert isinstance(result.exception, UsageError), call

@@ -191,8 +191,10 @@ def test_a_place_without_a_model_is_named_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(GircseError, match=r"nowhere is no saved GIRCSE model: no such folder") as error:
         GIRCSE(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
-    with pytest.raises(GircseError, match="nowhere is no saved GIRCSE model: no such folder"):  # where the hub is asked
+    with pytest.raises(GircseError, match=r"nowhere is no saved GIRCSE model: no such folder$"):
         GIRCSE._load_default_modules(cast(Any, None), str(tmp_path / "nowhere"))
+    with pytest.raises(GircseError, match=r"is no saved GIRCSE model: no such folder, nor to be had from the hub$"):
+        GIRCSE._load_default_modules(cast(Any, None), "runs/nowhere")
 
 
 def test_a_backbones_name_is_no_model_and_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

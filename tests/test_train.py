@@ -384,7 +384,9 @@ def teacher(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def test_a_teacher_has_a_say_in_the_sources_that_let_it(folder: Path, backbone: Path, teacher: Path) -> None:
+def test_a_teacher_has_a_say_in_the_sources_that_let_it(
+    folder: Path, backbone: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = values(folder, backbone)
     content["training"]["learning_rate"] = 1e-12  # all losses are the untrained model's
     recipe = load_recipe(write(folder, content))
@@ -399,6 +401,7 @@ def test_a_teacher_has_a_say_in_the_sources_that_let_it(folder: Path, backbone: 
     content["data"]["sources"][1]["teacher"] = False
     taught = load_recipe(write(folder, content))
     data = load_training_data(taught, load_teacher(str(teacher)))
+    assert "the teacher reads" in capsys.readouterr().err, "for minutes, with a long recipe"
     assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
     assert np.array(data["rows/a"][:]["label"]).shape == (16, 3, 7)  # rows, columns, width
     assert data.keys() == load_training_data(recipe).keys()

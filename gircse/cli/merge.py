@@ -38,10 +38,11 @@ def merge(
         shares = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UsageError(f"--weights {weights}: numbers separated by commas are wanted, e.g. 0.7,0.3") from None
+    from gircse.merge import merge_models, merging_shares
+
+    merging_shares(shares, len(models))  # before anything is fetched
     prepare_backbone(backbone_of(models[0]))
     with stderr.status("merging"), quiet_libraries():
-        from gircse.merge import merge_models
-
         merged = merge_models(models, shares)
         merged.save_pretrained(str(output))
     parts = [{key: part[key] for key in ("model", "weight")} for part in merged.encoder.training_facts["merged"]]

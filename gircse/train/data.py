@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
+from tqdm import tqdm
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
@@ -115,6 +117,9 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
     usable = usable_rows(recipe)
     counts = example_counts(recipe, [len(rows) for rows in usable])
     result = DatasetDict()
+    # A teacher reads for minutes before the first step; without one this is done at once.
+    silent = teacher is None or int(os.environ.get("LOCAL_RANK", 0)) > 0
+    bar = tqdm(total=sum(counts), desc="the teacher reads", unit=" rows", leave=False, disable=silent)
     for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
         if len(rows) < count:
             raise GircseError(
@@ -146,6 +151,8 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         elif source.facet == "form" and source.in_batch_negatives:
             rows = rows.add_column("label", forms)
         result[source.name] = rows
+        bar.update(count)
+    bar.close()
     return result
 
 
