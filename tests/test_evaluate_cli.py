@@ -173,6 +173,7 @@ def test_minilm_from_its_package_beside_a_model(saved: list[str], tmp_path: Path
 def test_wrong_calls(tmp_path: Path) -> None:
     for arguments, said in (
         (["--tasks", "STS12", "--suite", "dev"], "either --tasks or --suite"),
+        (["--suite", "deev", "--data", str(tmp_path)], "no suite or benchmark 'deev'; suites are dev, "),
         (["--tasks", "STS12", "--num-steps", "5-2"], "no list of steps"),
         (["--tasks", "STS12", "--perturb", "rain"], "unknown --perturb rain"),
         (["--tasks", "STS12", "--data", str(tmp_path / "none")], "no such folder"),

@@ -214,6 +214,9 @@ def test_a_resumed_run_has_the_same_losses(folder: Path, backbone: Path) -> None
 
     with pytest.raises(Stop):
         train(recipe, folder / "broken", report=stop_after_four)
+    (folder / "file").touch()
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        train(recipe, folder / "file")
     with pytest.raises(UsageError, match="--resume"):
         train(recipe, folder / "broken")
     (folder / "broken" / "checkpoints" / "checkpoint-6").mkdir()  # what a kill in mid-save leaves

@@ -73,6 +73,9 @@ def read_suite(name: str) -> list[TaskRequest]:
     if not path.is_file():
         if path.parent != _FOLDER:
             raise UsageError(f"no file {path}")
+        if _benchmark(name) is None:
+            known = ", ".join(suite_names())
+            raise UsageError(f"there is no suite or benchmark {name!r}; suites are {known}, or a file NAME.yaml")
         return [TaskRequest(name)]
     try:
         suite = yaml.safe_load(path.read_text(encoding="utf-8"))

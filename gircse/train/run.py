@@ -54,10 +54,12 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         The trained model.
 
     Raises:
-        UsageError: `output` holds an earlier run and `resume` is False.
+        UsageError: `output` is a file, or holds an earlier run and `resume` is False.
         MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
         GircseError: Data or backbone are not to be had, or the run diverged.
     """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; name a folder for the trained model")
     checkpoints = output / "checkpoints"
     last = _last_checkpoint(checkpoints)
     if not resume and output.exists() and any(output.iterdir()):
