@@ -182,6 +182,18 @@ def test_a_model_to_start_from_is_missed_before_the_teacher_works(
         train(load_recipe(write(folder, content)), folder / "run")
 
 
+def test_the_encoder_only_twin_of_random_steps_takes_one_option(
+    folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = import_module("gircse.cli.train").train
+    content = values(folder, backbone)
+    content["training"]["random_steps"] = [1, 3]
+    verb(write(folder, content), num_steps=0, dry_run=True, json_output=True)
+    assert json.loads(capsys.readouterr().out)["settings"]["num_steps"] == 0
+    with pytest.raises(GircseError, match="num_steps: 0 writes none"):
+        verb(write(folder, content), num_steps=0, dry_run=True, changes=["training.random_steps=[1, 2]"])
+
+
 def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = import_module("gircse.cli.train").train
     verb(write(folder, values(folder, backbone)), folder / "out", num_steps=3, json_output=True)

@@ -85,7 +85,7 @@ def demo(
         "  gircse index YOUR.jsonl -o YOUR.index              then: gircse search, gircse ask\n"
         "  gircse serve                                       OpenAI's interface and a playground\n"
         '  gircse explain "your text" --instruction "what it should be about"\n'
-        "  gircse train recipes/smollm2-135m-first.yaml ...   your own adapter\n",
+        "  gircse train recipes/smollm2-135m-quick.yaml ...   your own adapter\n",
         highlight=False,
     )
     if json_output:

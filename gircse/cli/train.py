@@ -28,7 +28,8 @@ def train(
         Path | None, typer.Option(help="Folder of the tasks scored during training, instead of the recipe's.")
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only baseline.")
+        int | None,
+        typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only twin, without random_steps."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
@@ -49,11 +50,11 @@ def train(
 
     [bold]Examples[/bold]
 
-      gircse train recipes/smollm2-135m-first.yaml --data data/train --dry-run
-      gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first
-      gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first --resume
-      gircse train recipes/smollm2-135m-first.yaml --data data/train -o runs/first-k0 --num-steps 0
-      gircse train recipes/smollm2-135m-first.yaml -o runs/last --set model.pooling=last --set loss.temperature=0.05
+      gircse train recipes/smollm2-135m-quick.yaml --data data/train --dry-run
+      gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick
+      gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick --resume
+      gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick-k0 --num-steps 0
+      gircse train recipes/smollm2-135m-quick.yaml -o runs/last --set model.pooling=last --set loss.temperature=0.05
     """
     if output is None and not dry_run:
         raise UsageError("name the folder of the trained model with -o, or look first with --dry-run")
@@ -69,6 +70,8 @@ def train(
         overrides["evaluation.folder"] = eval_data
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
+    if num_steps == 0:
+        overrides.setdefault("training.random_steps", None)
 
     with stderr.status("importing the trainer"):
         from gircse.train.recipe import load_recipe
