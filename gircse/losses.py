@@ -45,6 +45,8 @@ class ICRLoss(nn.Module):
             batch share labels: then only a row's own negatives count, and every row needs at least one.
         stepwise: A loss at every step; False is the paper's ablation with L_K alone, which knows no penalty.
         step_weights: One of `StepWeights`: the weights of L_1..L_K in their mean. The penalty is the same for both.
+        prompt_step: Whether the prompt's own state is a step too, which the paper's is not: L_0, of z_0 = h_0, counts
+            like the others in the mean, and the penalty compares L_1 with it.
         detach_reference: No gradient to L_k in the penalty: it then pulls the later step down only, and does not also
             push the earlier one up.
         false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
@@ -111,6 +113,7 @@ class ICRLoss(nn.Module):
         *,
         stepwise: bool = True,
         step_weights: str = "uniform",
+        prompt_step: bool = False,
         detach_reference: bool = False,
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
@@ -133,6 +136,10 @@ class ICRLoss(nn.Module):
             raise UsageError(f"answer_weight must be 0 or more, not {answer_weight}")
         if step_weights not in get_args(StepWeights):
             raise UsageError(f"step_weights must be one of {', '.join(get_args(StepWeights))}, not {step_weights!r}")
+        if prompt_step and (not stepwise or step_weights == "linear"):
+            raise UsageError(
+                "prompt_step is one of the steps, and stepwise=False or step_weights='linear' leave it out"
+            )
         if matryoshka_dims is not None and (not matryoshka_dims or min(matryoshka_dims) < 1):
             raise UsageError(f"matryoshka_dims must be widths of 1 or more, not {list(matryoshka_dims)}")
         self.model = model
@@ -141,6 +148,7 @@ class ICRLoss(nn.Module):
         self.in_batch_negatives = in_batch_negatives
         self.stepwise = stepwise
         self.step_weights = step_weights
+        self.prompt_step = prompt_step
         self.detach_reference = detach_reference
         self.false_negative_margin = false_negative_margin
         self.matryoshka_dims = None if matryoshka_dims is None else tuple(matryoshka_dims)
@@ -151,6 +159,8 @@ class ICRLoss(nn.Module):
         self.answer_weight = answer_weight
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
+        self.last_prompt_loss: float | None = None
+        """L_0 of that pass; None without `prompt_step`, and at K = 0, where it is the only one."""
         self.last_answer_loss: float | None = None
         """The answer loss of that pass, before its weight; None without answers."""
 
@@ -190,9 +200,11 @@ class ICRLoss(nn.Module):
         return self.model[0]
 
     def _write(self, features: dict[str, Tensor]) -> Tensor:
-        """The embeddings after every step, (rows, K, d); with answers followed by as many states, h_0 first."""
+        """The embeddings after every step, (rows, K, d), or K + 1 with z_0; with answers followed by as many states."""
         features = self.model(features)
         embeddings = features["step_embeddings"]
+        if self.prompt_step and features["refinement_states"].shape[1] > 1:  # at K = 0 it is there already
+            embeddings = torch.cat([features["refinement_states"][:, :1].float(), embeddings], dim=1)
         if not self.answer_weight:
             return embeddings
         return torch.cat([embeddings, features["refinement_states"][:, : embeddings.shape[1]]], dim=1)
@@ -205,16 +217,23 @@ class ICRLoss(nn.Module):
             self.last_answer_loss = None
             return self.contrast(written, allowed, teacher)
         embeddings, states = written.chunk(2, dim=1)
+        if self._has_prompt_step(embeddings):
+            states = states[:, :-1]  # from h_K no token was written
         encoder = self._encoder
         loss = answer_loss(states[: len(answers)], answers, encoder.decoder.vocabulary, encoder.refinement.temperature)
         self.last_answer_loss = float(loss.detach())
         return self.contrast(embeddings, allowed, teacher) + self.answer_weight * loss
 
+    def _has_prompt_step(self, steps: Tensor) -> bool:
+        """Whether the first of these steps, which are the second dimension, is z_0 and not the only one."""
+        return self.prompt_step and steps.shape[1] > 1
+
     def contrast(self, embeddings: Tensor, allowed: Tensor, teacher: list[Tensor] | None = None) -> Tensor:
         """The contrastive loss of embeddings.
 
         Args:
-            embeddings: (B · columns, K, d): anchors, positives, then each column of negatives.
+            embeddings: (B · columns, K, d): anchors, positives, then each column of negatives; with `prompt_step`
+                K + 1 steps, z_0 first.
             allowed: (B, C) bool as `allowed_candidates` gives it.
             teacher: As `teacher_scores` gives it.
 
@@ -234,7 +253,9 @@ class ICRLoss(nn.Module):
             losses = (1 - self.teacher_weight) * losses + self.teacher_weight * torch.stack(divergences).mean(dim=0)
         if self.gather_across_devices:
             losses = _gather(losses.unsqueeze(0)).mean(dim=0)
-        self.last_step_losses = losses.detach().tolist()
+        values = losses.detach().tolist()
+        self.last_prompt_loss = values.pop(0) if self._has_prompt_step(embeddings) else None
+        self.last_step_losses = values
         if not self.stepwise:
             return losses[-1]
         return combine_steps(
@@ -371,6 +392,7 @@ class ICRLoss(nn.Module):
             "in_batch_negatives": self.in_batch_negatives,
             "stepwise": self.stepwise,
             "step_weights": self.step_weights,
+            "prompt_step": self.prompt_step,
             "detach_reference": self.detach_reference,
             "false_negative_margin": self.false_negative_margin,
             "matryoshka_dims": self.matryoshka_dims,

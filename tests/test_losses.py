@@ -61,6 +61,38 @@ def test_it_is_the_papers_formula(model: GIRCSE, weight: float, extra: list[list
     assert loss.last_step_losses == pytest.approx(steps, rel=1e-4)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "mean_with_prompt", "last"])
+def test_the_prompts_state_may_be_a_step(model: GIRCSE, pooling: str) -> None:
+    model.encoder.configure(pooling=pooling)
+    batch = columns(model, ANCHORS, POSITIVES, NEGATIVES)
+    keep = [[row, *(j for j in range(6) if j != row)] for row in range(3)]
+    _, steps = by_hand(model, [ANCHORS, POSITIVES, NEGATIVES], 0.5, 2.0, keep)
+    loss = ICRLoss(model, temperature=0.5, refinement_weight=2.0, prompt_step=True)
+    with torch.no_grad():
+        value = float(loss(batch))
+        assert loss.last_prompt_loss is not None
+        model.num_steps = 0
+        encoder_only = float(loss(batch))
+    assert loss.last_prompt_loss is None, "the only step is reported as L_1"
+    every = [encoder_only, *steps]
+    penalty = [max(0.0, math.log(b) - math.log(a)) for a, b in pairwise(every)]
+    assert value == pytest.approx(sum(every) / len(every) + 2 * sum(penalty) / len(penalty), rel=1e-4)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_cached_gradients_equal_plain_ones_with_the_prompts_step(model: GIRCSE, answers: bool) -> None:
+    batch = columns(model, ANCHORS, POSITIVES, *([["author", "animal", "italy"]] if answers else []))
+    options: dict[str, Any] = {"answer_weight": 0.8} if answers else {}
+    value = assert_cached_equals_plain(model, batch, 2, temperature=0.5, prompt_step=True, **options)
+    if answers:  # a (K + 1)-th soft token, which was not written, is told nothing
+        loss = ICRLoss(model, temperature=0.5, answer_weight=0.8)
+        loss(batch)
+        told = ICRLoss(model, temperature=0.5, answer_weight=0.8, prompt_step=True)
+        assert float(told(batch).detach()) == pytest.approx(value, rel=1e-5)
+        assert loss.last_answer_loss is not None
+        assert told.last_answer_loss == pytest.approx(loss.last_answer_loss, rel=1e-5)
+
+
 def test_temperature_and_penalty_are_honoured() -> None:
     losses = torch.tensor([1.0, 2.0, 0.5])
     assert float(combine_steps(losses, 0.0)) == pytest.approx(3.5 / 3)
@@ -134,8 +166,11 @@ def test_zero_steps_is_plain_info_nce(model: GIRCSE) -> None:
     assert loss == pytest.approx(float(F.cross_entropy(scores, torch.arange(3))), rel=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"refinement_weight": -1.0}])
-def test_wrong_settings_are_refused(model: GIRCSE, wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 0.0}, {"refinement_weight": -1.0}, {"prompt_step": True, "step_weights": "linear"}],
+)
+def test_wrong_settings_are_refused(model: GIRCSE, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         ICRLoss(model, **wrong)  # type: ignore[arg-type]
 

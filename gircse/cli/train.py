@@ -70,8 +70,8 @@ def train(
         overrides["evaluation.folder"] = eval_data
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
-    if num_steps == 0:
-        overrides.setdefault("training.random_steps", None)
+    if num_steps == 0:  # what is about soft tokens goes with them
+        overrides = {"training.random_steps": None, "loss.prompt_step": False, **overrides}
 
     with stderr.status("importing the trainer"):
         from gircse.train.recipe import load_recipe

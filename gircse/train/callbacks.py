@@ -81,9 +81,9 @@ class Divergence:
 
 
 class StepLosses(TrainerCallback):
-    """Adds L_1..L_K and the loss of every data set to the logs, and stops a run that diverges.
+    """Adds L_1..L_K, L_0 and the loss of every data set to the logs, and stops a run that diverges.
 
-    It does so before the optimiser takes the step.
+    It stops before the optimiser takes the step.
 
     Args:
         losses: By the name of their data set.
@@ -97,6 +97,7 @@ class StepLosses(TrainerCallback):
         self.counts: list[int] = []
         self.by_name: dict[str, list[float]] = {}
         self.answers: dict[str, list[float]] = {}
+        self.prompts: list[float] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
@@ -106,7 +107,10 @@ class StepLosses(TrainerCallback):
                 loss.last_step_losses = []
                 if loss.last_answer_loss is not None:
                     self.answers.setdefault(name, []).append(loss.last_answer_loss)
-                if not all(map(math.isfinite, (*values, loss.last_answer_loss or 0.0))):
+                if loss.last_prompt_loss is not None:
+                    self.prompts.append(loss.last_prompt_loss)
+                besides = (loss.last_prompt_loss or 0.0, loss.last_answer_loss or 0.0)
+                if not all(map(math.isfinite, (*values, *besides))):
                     # The step before was still good, and its weights are those of the checkpoint before that.
                     raise _diverged(f"the loss at step {step} is not a number", args.output_dir, step - 2)
                 mean = sum(values) / len(values)
@@ -131,10 +135,12 @@ class StepLosses(TrainerCallback):
             return
         if "loss" in logs:
             means = (total / count for total, count in zip(self.sums, self.counts, strict=True))
+            if self.prompts:
+                logs["step_loss_0"] = round(sum(self.prompts) / len(self.prompts), 4)
             logs |= {f"step_loss_{k}": round(mean, 4) for k, mean in enumerate(means, start=1)}
             logs |= {f"loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.by_name.items()}
             logs |= {f"answer_loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.answers.items()}
-            self.sums, self.counts, self.by_name, self.answers = [], [], {}, {}
+            self.sums, self.counts, self.by_name, self.answers, self.prompts = [], [], {}, {}, []
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
 

@@ -56,6 +56,7 @@ class LossSection(_Section):
     refinement_weight: float = Field(default=1.0, ge=0, description="λ")
     stepwise: bool = Field(default=True, description="a loss at every step; False: after the last one only")
     step_weights: StepWeights = Field(default="uniform", description="linear: the loss of step k counts k times")
+    prompt_step: bool = Field(default=False, description="L_0, of the prompt's own state, is one of the steps")
     detach_reference: bool = Field(default=False, description="the penalty leaves the earlier step alone")
     false_negative_margin: float | None = Field(
         default=None, description="leave out negatives closer to the anchor than the positive by more than this"
@@ -92,6 +93,10 @@ class LossSection(_Section):
             )
         if self.step_weights != "uniform" and not self.stepwise:
             raise ValueError("step_weights weighs the losses of all steps, and stepwise: false leaves one of them")
+        if self.prompt_step and (not self.stepwise or self.step_weights != "uniform"):
+            raise ValueError(
+                "prompt_step is one of the steps, and stepwise: false or step_weights: linear leave it out"
+            )
         if self.detach_reference and (not self.stepwise or not self.refinement_weight):
             raise ValueError("detach_reference is about the penalty, which needs stepwise and a refinement_weight")
         return self
@@ -319,6 +324,8 @@ class Recipe(_Section):
             raise ValueError("training.random_steps is the least and the largest K to draw, e.g. [1, 10]")
         if self.training.random_steps and self.model.num_steps == 0:
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
+        if self.loss.prompt_step and self.model.num_steps == 0:
+            raise ValueError("loss.prompt_step adds the prompt's state to the steps; with num_steps: 0 it is the only")
         return self
 
     @model_validator(mode="after")
