@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
         ({"loss": {"prompt_step": True, "step_weights": "linear"}}, "loss: prompt_step is one of the steps"),
         (
             {"loss": {"prompt_step": True}, "model": {"num_steps": 0}},
-            "loss.prompt_step adds the prompt's state to the steps",
+            "loss.prompt_step makes the prompt's state a step too",
         ),
         (
             {"loss": {"teacher_pairs": "all"}},

@@ -38,7 +38,8 @@ def merge(
         shares = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UsageError(f"--weights {weights}: numbers separated by commas are wanted, e.g. 0.7,0.3") from None
-    from gircse.merge import merge_models, merging_shares
+    with stderr.status("importing"):
+        from gircse.merge import merge_models, merging_shares
 
     merging_shares(shares, len(models))  # before anything is fetched
     prepare_backbone(backbone_of(models[0]))

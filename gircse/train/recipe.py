@@ -325,7 +325,7 @@ class Recipe(_Section):
         if self.training.random_steps and self.model.num_steps == 0:
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
         if self.loss.prompt_step and self.model.num_steps == 0:
-            raise ValueError("loss.prompt_step adds the prompt's state to the steps; with num_steps: 0 it is the only")
+            raise ValueError("loss.prompt_step makes the prompt's state a step too; num_steps: 0 has no other")
         return self
 
     @model_validator(mode="after")
