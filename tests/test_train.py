@@ -187,22 +187,6 @@ def test_a_model_to_start_from_is_missed_before_the_teacher_works(
         train(load_recipe(write(folder, content)), folder / "run")
 
 
-def test_the_loss_of_the_prompts_step_is_logged_and_trains(folder: Path, backbone: Path) -> None:
-    def logs(name: str) -> list[dict[str, float]]:
-        found: list[dict[str, float]] = []
-        train(load_recipe(write(folder, content)), folder / name, report=found.append)
-        return [entry for entry in found if "loss" in entry]
-
-    content = values(folder, backbone)
-    without = logs("without")
-    content["loss"] = {"prompt_step": True}
-    own = logs("with")
-    assert not any("step_loss_0" in entry for entry in without)
-    assert all({"step_loss_0", "step_loss_1", "step_loss_2"} == {k for k in e if k.startswith("step_")} for e in own)
-    assert own[0]["step_loss_1"] == pytest.approx(without[0]["step_loss_1"], rel=1e-4), "steps keep their numbers"
-    assert own[-1]["step_loss_1"] != pytest.approx(without[-1]["step_loss_1"], rel=1e-4), "other weights were learned"
-
-
 def test_the_encoder_only_twin_of_random_steps_takes_one_option(
     folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,3 +110,19 @@ def test_time_left_is_the_pace_so_far(folder: Path, backbone: Path, monkeypatch:
     logs = {"loss": 1.0}
     speed.on_log(arguments, state, None, logs=logs)
     assert logs == {"loss": 1.0, "tokens_per_second": 100.0, "seconds_left": 6.0}
+
+
+def test_the_loss_of_the_prompts_step_is_logged_and_trains(folder: Path, backbone: Path) -> None:
+    def logs(name: str) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = []
+        train(load_recipe(write(folder, content)), folder / name, report=found.append)
+        return [entry for entry in found if "loss" in entry]
+
+    content = values(folder, backbone)
+    without = logs("without")
+    content["loss"] = {"prompt_step": True}
+    own = logs("with")
+    assert not any("step_loss_0" in entry for entry in without)
+    assert all({"step_loss_0", "step_loss_1", "step_loss_2"} == {k for k in e if k.startswith("step_")} for e in own)
+    assert own[0]["step_loss_1"] == pytest.approx(without[0]["step_loss_1"], rel=1e-4), "steps keep their numbers"
+    assert own[-1]["step_loss_1"] != pytest.approx(without[-1]["step_loss_1"], rel=1e-4), "other weights were learned"

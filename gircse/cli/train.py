@@ -29,7 +29,9 @@ def train(
     ] = None,
     num_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="K, instead of the recipe's; 0 trains the encoder-only twin, without random_steps."),
+        typer.Option(
+            min=0, help="K, instead of the recipe's; 0: the encoder-only twin, without random_steps, prompt_step."
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
