@@ -214,6 +214,14 @@ class GIRCSE(SentenceTransformer):
             raise UsageError("give either an instruction or a prompt, not both")
         kwargs["prompt"] = self.format_instruction(instruction)
 
+    def _prompt_for(self, instruction: str | None, prompt: str | None, prompt_name: str | None = None) -> str | None:
+        """What stands before every text: as `encode` reads a prompt, or what an instruction becomes."""
+        if instruction is None:
+            return self._resolve_prompt(prompt, prompt_name)
+        if prompt is not None or prompt_name is not None:
+            raise UsageError("give either an instruction or a prompt, not both")
+        return self.format_instruction(instruction)
+
     def encode_steps(
         self,
         inputs: str | Sequence[str],
@@ -247,13 +255,9 @@ class GIRCSE(SentenceTransformer):
         steps = self.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise UsageError(f"encode_steps needs num_steps of 1 or more, not {steps}")
-        if instruction is not None:
-            if prompt is not None or prompt_name is not None:
-                raise UsageError("give either an instruction or a prompt, not both")
-            prompt = self.format_instruction(instruction)
         single = isinstance(inputs, str)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        tokenized = self.tokenize_texts(texts, self._resolve_prompt(prompt, prompt_name))
+        tokenized = self.tokenize_texts(texts, self._prompt_for(instruction, prompt, prompt_name))
         result = self._run_batches(
             tokenized, steps, batch_tokens, feature="step_embeddings", show_progress_bar=show_progress_bar
         )
@@ -426,7 +430,7 @@ class GIRCSE(SentenceTransformer):
         Args:
             text: The text.
             instruction: What the vector should be about.
-            prompt: Instead of an instruction.
+            prompt: Instead of an instruction; the checkpoint's default prompt, if it has one, where neither is given.
             num_steps: K >= 1; the checkpoint's where not given.
             top: Tokens listed a step.
             max_length: Longest prompt in tokens; the checkpoint's where not given.
@@ -437,8 +441,7 @@ class GIRCSE(SentenceTransformer):
         steps = self.num_steps if num_steps is None else num_steps
         if steps < 1 or top < 1:
             raise UsageError(f"explain needs num_steps and top of 1 or more, not {steps} and {top}")
-        if instruction is not None:
-            prompt = self.format_instruction(instruction)
+        prompt = self._prompt_for(instruction, prompt)
         self.eval()
         encoder, decoder = self.encoder, self.encoder.decoder
         encoder.refinement.check_steps(steps)

@@ -138,6 +138,8 @@ def test_wrong_arguments_get_a_sentence(model: GIRCSE) -> None:
         (lambda: model.encode("x" * 40, num_steps=30), "exceed the backbone's 64 positions"),
         (lambda: model.encoder.configure(pooling="median"), "pooling must be one of"),
         (lambda: model.explain("x", num_steps=0), "explain needs"),
+        (lambda: model.explain("x", instruction="find", prompt="query: "), "either an instruction or a prompt"),
+        (lambda: model.encode_steps("x", instruction="find", prompt_name="query"), "either an instruction or a prompt"),
     ):
         with pytest.raises(UsageError, match=message):
             call()
@@ -228,6 +230,14 @@ def test_explain_adds_up(model: GIRCSE) -> None:
     with torch.no_grad():
         top = int(model.encoder.backbone(input_ids=ids).logits[0, -1].argmax())
     assert steps[0].tokens[0] == model.tokenizer.decode([top])
+
+
+def test_explain_reads_the_prompt_that_encode_reads(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompted = model.explain("the cat sat", instruction="find alike")
+    assert model.explain("the cat sat")[0].weights != prompted[0].weights
+    monkeypatch.setitem(model.prompts, "own", model.format_instruction("find alike"))
+    monkeypatch.setattr(model, "default_prompt_name", "own")
+    assert model.explain("the cat sat")[0].weights == prompted[0].weights
 
 
 @pytest.mark.slow
