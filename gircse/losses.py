@@ -163,6 +163,8 @@ class ICRLoss(nn.Module):
         """L_0 of that pass; None without `prompt_step`, and at K = 0, where it is the only one."""
         self.last_answer_loss: float | None = None
         """The answer loss of that pass, before its weight; None without answers."""
+        self.last_mean_cosine = 0.0
+        """Mean cosine similarity between the texts of that pass after the last step; near 1 they have collapsed."""
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
@@ -254,6 +256,7 @@ class ICRLoss(nn.Module):
         if self.gather_across_devices:
             losses = _gather(losses.unsqueeze(0)).mean(dim=0)
         values = losses.detach().tolist()
+        self.last_mean_cosine = mean_cosine(embeddings[:, -1])
         self.last_prompt_loss = values.pop(0) if self._has_prompt_step(embeddings) else None
         self.last_step_losses = values
         if not self.stepwise:
@@ -438,6 +441,14 @@ def combine_steps(
         reference = logs[:-1].detach() if detach_reference else logs[:-1]
         total = total + refinement_weight * (logs[1:] - reference).clamp_min(0).mean()
     return total
+
+
+@torch.no_grad()
+def mean_cosine(embeddings: Tensor) -> float:
+    """The mean cosine similarity between different texts, (T, d) with T >= 2: 1 where all vectors point one way."""
+    count = len(embeddings)
+    total = F.normalize(embeddings.float(), dim=-1).sum(dim=0)
+    return float((total @ total - count) / (count * (count - 1)))
 
 
 def join_columns(columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:

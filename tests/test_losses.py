@@ -48,6 +48,14 @@ def by_hand(
     return sum(losses) / len(losses) + weight * sum(penalty) / len(penalty), losses
 
 
+def test_it_tells_how_alike_the_texts_of_a_batch_are(model: GIRCSE) -> None:
+    last = torch.tensor(model.encode_steps([*ANCHORS, *POSITIVES]))[:, -1]
+    pairs = [float(F.cosine_similarity(last[i], last[j], dim=0)) for i in range(6) for j in range(6) if i != j]
+    for loss in (ICRLoss(model), CachedICRLoss(model, mini_batch_size=2)):
+        loss(columns(model, ANCHORS, POSITIVES))
+        assert loss.last_mean_cosine == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("extra", [[], [NEGATIVES], [NEGATIVES, MORE]])
 def test_it_is_the_papers_formula(model: GIRCSE, weight: float, extra: list[list[str]]) -> None:

@@ -23,7 +23,7 @@ from gircse.evaluate.suites import TaskRequest
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 from gircse.train import evaluation
-from gircse.train.callbacks import PATIENCE, Divergence, StepLosses
+from gircse.train.callbacks import COLLAPSED, PATIENCE, Collapse, Divergence, StepLosses
 from gircse.train.evaluation import TaskFolderEvaluator, describe_evaluation, plan_evaluation
 from gircse.train.recipe import EvaluationSection, load_recipe
 from gircse.train.run import train
@@ -242,6 +242,14 @@ def test_an_explosion_is_many_times_the_median_several_times_in_a_row() -> None:
     assert set(found([20.0] * 30)) == {None}, "hard from the first"
 
 
+def test_a_collapse_is_told_once_for_every_data_set() -> None:
+    collapse = Collapse()
+    alike = COLLAPSED + 0.001
+    batches = [("a", alike)] * (PATIENCE - 1) + [("a", 0.5)] + [("b", alike), ("a", alike)] * PATIENCE * 2
+    told = [(place, name) for place, (name, cosine) in enumerate(batches) if collapse.add(name, cosine)]
+    assert told == [(3 * PATIENCE - 2, "b"), (3 * PATIENCE - 1, "a")], "in a row, by name, and not again"
+
+
 def test_a_diverging_run_names_the_last_good_checkpoint(tmp_path: Path, backbone: Path) -> None:
     model = GIRCSE.from_backbone(str(backbone), num_steps=2, full_finetune=True, device="cpu")
     for step in (10, 20, 30):
@@ -254,7 +262,7 @@ def test_a_diverging_run_names_the_last_good_checkpoint(tmp_path: Path, backbone
         parameter.grad = torch.full_like(parameter, gradient)
         for step, values in enumerate(losses, start=first):
             loss.last_step_losses = values
-            state = SimpleNamespace(global_step=step - 1)
+            state = SimpleNamespace(global_step=step - 1, is_world_process_zero=True)
             callback.on_pre_optimizer_step(SimpleNamespace(output_dir=str(tmp_path)), state, None, model=model)
 
     run([[1.0, 0.9]] * 30, first=1)

@@ -14,7 +14,7 @@ from gircse.train.callbacks import RunLog, Speed
 from gircse.train.data import load_training_data
 from gircse.train.recipe import load_recipe
 from gircse.train.run import make_model, train
-from tests.training_recipe import values, write, write_rows
+from tests.training_recipe import ROWS, values, write, write_rows
 
 
 @pytest.fixture
@@ -126,3 +126,20 @@ def test_the_loss_of_the_prompts_step_is_logged_and_trains(folder: Path, backbon
     assert all({"step_loss_0", "step_loss_1", "step_loss_2"} == {k for k in e if k.startswith("step_")} for e in own)
     assert own[0]["step_loss_1"] == pytest.approx(without[0]["step_loss_1"], rel=1e-4), "steps keep their numbers"
     assert own[-1]["step_loss_1"] != pytest.approx(without[-1]["step_loss_1"], rel=1e-4), "other weights were learned"
+
+
+def test_a_source_whose_texts_cannot_be_told_apart_is_warned_of(
+    folder: Path, backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Source a is one text again and again; b is left alone."""
+    rows = [row if row["task"] == "b" else row | {"query": "x", "pos": ["x"], "neg": ["x"]} for row in ROWS]
+    (folder / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data" / "rows.jsonl.zst").unlink()
+    content = values(folder, backbone)
+    content["data"]["sources"][0]["examples"] = 24
+    logs: list[dict[str, float]] = []
+    train(load_recipe(write(folder, content)), folder / "out", report=logs.append)
+    a, b = ([entry[key] for entry in logs if key in entry] for key in ("cosine_of/rows/a", "cosine_of/rows/b"))
+    assert a == pytest.approx([1.0] * 6, abs=1e-3)
+    assert max(b) < 0.99
+    assert [record.args[0] for record in caplog.records if "have become alike" in record.message] == ["rows/a"]  # type: ignore[index]

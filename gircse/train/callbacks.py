@@ -6,6 +6,7 @@ Knows the trainer's events and the losses' latest values; knows nothing of data,
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -30,8 +31,8 @@ from gircse.model import GIRCSE
 Report = Callable[[dict[str, float]], None]
 """Called with the trainer's logs: loss, gradient norm, learning rate, ``step_loss_1`` ... ``step_loss_K``, the mean of
 these for every data set that had a batch as ``loss_of/NAME``, the answer loss of those that have one as
-``answer_loss_of/NAME``, ``tokens_per_second`` and ``seconds_left``; after an evaluation ``eval_TASK`` and
-``eval_mean``."""
+``answer_loss_of/NAME``, the mean cosine between the texts of its batches as ``cosine_of/NAME``, ``tokens_per_second``
+and ``seconds_left``; after an evaluation ``eval_TASK`` and ``eval_mean``."""
 
 EXPLODED = 10.0
 """A loss of this many times the running median of its data set is out of bounds."""
@@ -40,10 +41,17 @@ SMALL = 0.1
 """A median below this counts as this: where a data set is solved, a loss ten times as large means nothing."""
 
 PATIENCE = 5
-"""So many steps in a row out of bounds are a divergence; one or two are a hard batch."""
+"""So many steps in a row out of bounds are a divergence, and so many batches of a data set a collapse; one or two are
+hard batches."""
+
+COLLAPSED = 0.99
+"""A mean cosine between the texts of a batch above this is a collapse. An untrained SmolLM2-135M, whose vectors are
+much alike, has up to 0.97 (docs/experiments.md)."""
 
 WINDOW = 50
 """Batches of a data set that its running median is taken over."""
+
+logger = logging.getLogger("gircse.train")
 
 
 class Divergence:
@@ -80,8 +88,35 @@ class Divergence:
         return None
 
 
+class Collapse:
+    """Tells, once for every data set, that all its vectors have become alike.
+
+    Where wrong answers cost more than right ones gain (a low temperature over noisy labels), none at all is the fastest
+    way down: the same vector for every text, and a loss at chance. It does not explode, so nothing else tells.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, cosine: float) -> bool:
+        """Take in a batch.
+
+        Args:
+            name: Of its data set.
+            cosine: Mean between its texts.
+
+        Returns:
+            Whether it is the `PATIENCE`-th in a row above `COLLAPSED`, for the first time.
+        """
+        count = self._counts.get(name, 0)
+        if count == PATIENCE:
+            return False
+        self._counts[name] = count + 1 if cosine > COLLAPSED else 0
+        return self._counts[name] == PATIENCE
+
+
 class StepLosses(TrainerCallback):
-    """Adds L_1..L_K, L_0 and the loss of every data set to the logs, and stops a run that diverges.
+    """Adds L_1..L_K, L_0 and the loss of every data set to the logs, warns of a collapse, stops a run that diverges.
 
     It stops before the optimiser takes the step.
 
@@ -92,57 +127,67 @@ class StepLosses(TrainerCallback):
 
     def __init__(self, losses: dict[str, ICRLoss], report: Report | None) -> None:
         self.losses, self.report = losses, report
-        self.divergence = Divergence()
-        self.sums: list[float] = []
-        self.counts: list[int] = []
-        self.by_name: dict[str, list[float]] = {}
-        self.answers: dict[str, list[float]] = {}
-        self.prompts: list[float] = []
+        self.divergence, self.collapse = Divergence(), Collapse()
+        self.values: dict[str, list[float]] = {}  # since the last log, by their names there
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
         for name, loss in self.losses.items():
-            if values := loss.last_step_losses:
-                self._add(values)
+            if loss.last_step_losses:
+                measured = _measured(name, loss)
                 loss.last_step_losses = []
-                if loss.last_answer_loss is not None:
-                    self.answers.setdefault(name, []).append(loss.last_answer_loss)
-                if loss.last_prompt_loss is not None:
-                    self.prompts.append(loss.last_prompt_loss)
-                besides = (loss.last_prompt_loss or 0.0, loss.last_answer_loss or 0.0)
-                if not all(map(math.isfinite, (*values, *besides))):
-                    # The step before was still good, and its weights are those of the checkpoint before that.
-                    raise _diverged(f"the loss at step {step} is not a number", args.output_dir, step - 2)
-                mean = sum(values) / len(values)
-                self.by_name.setdefault(name, []).append(mean)
-                since = self.divergence.add(name, mean, step)
-                if since is not None:
-                    problem = f"the loss exploded: from step {since} on it is more than {EXPLODED:g} times its median"
-                    raise _diverged(problem, args.output_dir, since - 2)
+                self._check(name, measured, step, args.output_dir, told=state.is_world_process_zero)
+                for key, value in measured.items():  # K may differ from batch to batch: every step has its own mean
+                    self.values.setdefault(key, []).append(value)
         if not _finite_gradients(kwargs["model"].parameters()):
             raise _diverged(f"the gradient at step {step} is not finite", args.output_dir, step - 1)
 
-    def _add(self, values: list[float]) -> None:
-        """K may differ from batch to batch: every step has a mean of its own."""
-        missing = max(0, len(values) - len(self.sums))
-        self.sums, self.counts = self.sums + [0.0] * missing, self.counts + [0] * missing
-        for index, value in enumerate(values):
-            self.sums[index] += value
-            self.counts[index] += 1
+    def _check(self, name: str, measured: dict[str, float], step: int, output: str, *, told: bool) -> None:
+        """Stop or warn, as a batch of a data set asks for."""
+        if not all(map(math.isfinite, measured.values())):
+            # The step before was still good, and its weights are those of the checkpoint before that.
+            raise _diverged(f"the loss at step {step} is not a number", output, step - 2)
+        since = self.divergence.add(name, measured[f"loss_of/{name}"], step)
+        if since is not None:
+            problem = f"the loss exploded: from step {since} on it is more than {EXPLODED:g} times its median"
+            raise _diverged(problem, output, since - 2)
+        cosine = measured[f"cosine_of/{name}"]
+        if self.collapse.add(name, cosine) and told:
+            logger.warning(
+                "%s: its vectors have become alike (mean cosine %.3f at step %d), so it is not learned any more; "
+                "give it a higher temperature (0.1), more negatives, or leave it out",
+                name,
+                cosine,
+                step,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None:
             return
         if "loss" in logs:
-            means = (total / count for total, count in zip(self.sums, self.counts, strict=True))
-            if self.prompts:
-                logs["step_loss_0"] = round(sum(self.prompts) / len(self.prompts), 4)
-            logs |= {f"step_loss_{k}": round(mean, 4) for k, mean in enumerate(means, start=1)}
-            logs |= {f"loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.by_name.items()}
-            logs |= {f"answer_loss_of/{name}": round(sum(own) / len(own), 4) for name, own in self.answers.items()}
-            self.sums, self.counts, self.by_name, self.answers, self.prompts = [], [], {}, {}, []
+            means = {key: round(sum(values) / len(values), 4) for key, values in self.values.items()}
+            logs |= dict(sorted(means.items(), key=_order_in_logs))
+            self.values = {}
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
+
+
+def _measured(name: str, loss: ICRLoss) -> dict[str, float]:
+    """What a loss has to say of its latest batch, by the names of the logs."""
+    steps = loss.last_step_losses
+    measured = {f"step_loss_{k}": value for k, value in enumerate(steps, start=1)}
+    measured |= {f"loss_of/{name}": sum(steps) / len(steps), f"cosine_of/{name}": loss.last_mean_cosine}
+    if loss.last_prompt_loss is not None:
+        measured["step_loss_0"] = loss.last_prompt_loss
+    if loss.last_answer_loss is not None:
+        measured[f"answer_loss_of/{name}"] = loss.last_answer_loss
+    return measured
+
+
+def _order_in_logs(item: tuple[str, float]) -> tuple[int, int]:
+    """Step losses first, in the order of the steps; the rest keeps its own."""
+    kind, _, step = item[0].rpartition("_")
+    return (0, int(step)) if kind == "step_loss" else (1, 0)
 
 
 class Speed(TrainerCallback):
