@@ -23,7 +23,8 @@ from gircse.packed_weights import packing_library
 from gircse.train.data import load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, check_trackers, chosen_trackers, load_recipe
-from gircse.train.run import load_teacher, make_losses, make_model, train, training_facts
+from gircse.train.run import make_losses, make_model, train, training_facts
+from gircse.train.teacher import load_teacher
 from tests.tiny import tiny_backbone, tiny_tokenizer
 from tests.training_recipe import values, write, write_rows
 

@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,13 @@ from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
 from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers, matches
 from gircse.train.recipe import Recipe, Source
+from gircse.train.teacher import Teacher
 
 try:
     import zstandard
     from datasets import Array2D, Dataset, DatasetDict
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
-
-Teacher = Callable[[list[str]], np.ndarray]
-"""Embeddings (n, width) of texts, by a model that is taught from."""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -23,11 +24,11 @@ from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
-from gircse.other_models import load_other_model
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
-from gircse.train.data import SameSourceBatches, Teacher, load_training_data, source_path, steps_an_epoch
+from gircse.train.data import SameSourceBatches, load_training_data, source_path, steps_an_epoch
 from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
+from gircse.train.teacher import keep_vectors, load_teacher
 
 try:
     import accelerate  # noqa: F401  # the trainer imports it only when it starts
@@ -71,7 +72,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     torch.set_flush_denormal(True)
     evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
     model = make_model(recipe)  # before the teacher reads all texts for minutes: a wrong start_from is told at once
-    teacher = None if recipe.loss.teacher is None else load_teacher(recipe.loss.teacher)
+    teacher = None
+    if (name := recipe.loss.teacher) is not None:
+        teacher = keep_vectors(load_teacher(name), name, checkpoints / "teacher")
     data = load_training_data(recipe, teacher)
     del teacher  # and its memory
     model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
@@ -87,6 +90,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     model.max_seq_length = recipe.model.max_seq_length
     if trainer.is_world_process_zero():
         model.save_pretrained(str(output))
+        shutil.rmtree(checkpoints / "teacher", ignore_errors=True)
     return model
 
 
@@ -216,16 +220,6 @@ def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(recipe.lora is None or "lora_" in name)
     return model
-
-
-def load_teacher(name: str) -> Teacher:
-    """A model to be taught by.
-
-    Raises:
-        GircseError: It cannot be loaded.
-    """
-    model = load_other_model(name)
-    return lambda texts: model.encode(texts, convert_to_numpy=True)
 
 
 def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, ICRLoss]:
