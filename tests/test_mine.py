@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -108,3 +109,24 @@ def test_the_verb_takes_known_names_and_says_what_is_wrong_with_others(rows: Pat
     result = CliRunner().invoke(app, [*call, "all-minilm-l6-v2"], catch_exceptions=False)
     assert result.exit_code == 0
     assert sum(json.loads(result.stdout)["rows_with_negatives"].values()) > 0
+
+
+def test_rows_without_an_instruction_are_read_as_queries_are(
+    model: GIRCSE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "pairs.jsonl"
+    bare.write_text("".join(json.dumps({"query": row["query"], "pos": row["pos"][0]}) + "\n" for row in ROWS))
+    monkeypatch.setitem(model.prompts, "query", "find: ")
+    prompts: list[str | None] = []
+    encode = model.tokenize_texts
+
+    def spy(texts: list[str], prompt: str | None = None, *args: Any) -> Any:
+        prompts.append(prompt)
+        return encode(texts, prompt, *args)
+
+    monkeypatch.setattr(model, "tokenize_texts", spy)
+    mine_file(bare, tmp_path / "mined.jsonl", model, negatives=2, search_depth=9)
+    assert "find: " in prompts
+    mined = list(read_rows(tmp_path / "mined.jsonl"))
+    assert any(row["neg"] for row in mined)
+    assert {row["task"] for row in mined} == {"pairs"}

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner
 
+from gircse.cli import app
 from gircse.cli.demo import load_corpus
 from gircse.model import GIRCSE, pretrained_path
 from gircse.refiner import pool_steps, recompute_states
@@ -75,3 +77,23 @@ def test_the_checkpoint_says_where_it_comes_from() -> None:
         assert source["licence"] in card
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= 25_000_000
+
+
+def test_it_learns_further_from_pairs_of_ones_own(shipped: GIRCSE, tmp_path: Path) -> None:
+    """As docs/training.md has it: eight pairs that only practice tells, sixteen passes."""
+    words = ["bree", "dalf", "gorm", "hask", "jurn", "kelp", "lomt", "mirv"]
+    colours = ["red", "green", "blue", "black", "white", "yellow", "brown", "grey"]
+    pairs = [{"query": f"What colour is a {w}?", "pos": f"It is {c}."} for w, c in zip(words, colours, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = {"training.batch_size": 8, "training.epochs": 16, "training.random_steps": "null"}
+    changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    call = ["train", "recipes/own-data.yaml", "--data", str(tmp_path), "-o", str(tmp_path / "out"), *changes]
+    result = CliRunner().invoke(app, call, catch_exceptions=False)
+    assert result.exit_code == 0
+
+    def found(model: GIRCSE) -> int:
+        queries, passages = [pair["query"] for pair in pairs], [pair["pos"] for pair in pairs]
+        best = model.similarity(model.encode_query(queries), model.encode_document(passages)).argmax(dim=1)
+        return int((best == torch.arange(len(pairs))).sum())
+
+    assert found(GIRCSE(str(tmp_path / "out"), device="cpu")) >= found(shipped) + 4

@@ -14,7 +14,7 @@ from gircse.errors import GircseError, InputDataError
 from gircse.train.data import example_counts, load_training_data, read_rows
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
-from gircse.train.run import train
+from gircse.train.run import make_model, train
 from tests.training_recipe import ROWS, values, write, write_rows
 
 
@@ -44,10 +44,13 @@ def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
     for bad, message in (
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        (json.dumps({**ROWS[0], "pos": []}), "'pos' must be a non-empty list"),
-        (json.dumps({"task": "a"}), "'instruction'"),
-        (json.dumps({**ROWS[0], "neg": "x"}), "'neg' must be a list of texts"),
-        (json.dumps({**ROWS[0], "pos": [1]}), "'pos' must be a list of texts"),
+        (json.dumps({**ROWS[0], "pos": []}), "'pos' must hold a text"),
+        (json.dumps({"pos": "a"}), "'query' must be a text"),
+        (json.dumps({"query": "a"}), "'pos' must hold a text"),
+        (json.dumps({"query": "a", "pos": ""}), "'pos' must hold a text"),
+        (json.dumps({**ROWS[0], "task": 3}), "'task' must be a text"),
+        (json.dumps({**ROWS[0], "neg": 3}), "'neg' must be a text or a list of texts"),
+        (json.dumps({**ROWS[0], "pos": [1]}), "'pos' must be a text or a list of texts"),
     ):
         path = tmp_path / "rows.jsonl"
         path.write_text(f"{good}\n{bad}\n")
@@ -67,7 +70,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     content = values(folder, backbone)
     content["data"]["sources"][0]["examples"] = 500
-    with pytest.raises(GircseError, match="24 rows of a have 1 negatives, the recipe asks for 500"):
+    with pytest.raises(GircseError, match="24 rows have 1 negatives, the recipe asks for 500"):
         load_training_data(load_recipe(write(folder, content)))
     content["data"]["sources"][0]["file"] = "nowhere"
     with pytest.raises(GircseError, match="nowhere is not there"):
@@ -140,9 +143,46 @@ def test_the_mixture_shares_out_a_total(folder: Path, backbone: Path) -> None:
     content["data"]["sources"][1]["examples"] = 8
     with pytest.raises(GircseError, match="there is none"):
         load_recipe(write(folder, content))
-    del content["data"]["examples"], content["data"]["sources"][0]["examples"]
-    with pytest.raises(GircseError, match="give examples for rows/a, or a total"):
-        load_recipe(write(folder, content))
+    del content["data"]["examples"], content["data"]["mixture_temperature"], content["data"]["sources"][0]["examples"]
+    assert example_counts(load_recipe(write(folder, content)), [203, 100]) == [203, 8], "all, where nobody says"
+
+
+def test_rows_of_ones_own_need_a_query_and_a_passage(folder: Path, backbone: Path) -> None:
+    """Task, instruction and negatives may be missing, and names be those of sentence-transformers."""
+    own: list[dict[str, Any]] = [{"query": f"query {i}", "pos": f"pos {i}"} for i in range(5)]
+    own += [{"anchor": f"query {i}", "positive": [f"pos {i}"], "negative": f"neg {i}"} for i in range(5, 9)]
+    (folder / "data" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    rows = list(read_rows(folder / "data" / "own.jsonl"))
+    assert [(row["query"], row["pos"]) for row in rows] == [(f"query {i}", [f"pos {i}"]) for i in range(9)]
+    assert [row["neg"] for row in rows] == [[]] * 5 + [[f"neg {i}"] for i in range(5, 9)]
+    content = values(folder, backbone) | {"query_instruction": "find the answer"}
+    content["data"]["sources"] = [{"file": "own", "licence": "my own"}]
+    data = load_training_data(load_recipe(write(folder, content)))["own"]
+    assert sorted(data["anchor"]) == [f"Instruct: find the answer\nQuery:query {i}" for i in range(9)]
+    assert sorted(data["positive"]) == [f"pos {i}" for i in range(9)]
+    content["data"]["sources"][0]["instruction"] = "find the opposite"
+    other = load_training_data(load_recipe(write(folder, content)))["own"]
+    assert str(other["anchor"][0]).startswith("Instruct: find the opposite\nQuery:")
+    content["training"]["batch_size"] = 10
+    with pytest.raises(GircseError, match="own: a batch holds one source, and 9 rows make none of 10; lower"):
+        plan_training(load_recipe(write(folder, content)))
+
+
+def test_the_shipped_model_can_be_trained_further(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model stands in for it."""
+    content = values(folder, backbone)
+    first = train(load_recipe(write(folder, content)), folder / "first")
+    monkeypatch.setattr("gircse.model.pretrained_path", lambda: str(folder / "first"))
+    again = make_model(load_recipe(write(folder, content | {"start_from": "shipped"})))
+    assert again.encode("a text").tolist() == pytest.approx(first.encode("a text").tolist(), rel=1e-4)
+    assert any(parameter.requires_grad for parameter in again.parameters())
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    (folder / "elsewhere" / "shipped").mkdir()
+    with pytest.raises(GircseError, match="shipped is no saved GIRCSE model"):
+        make_model(load_recipe(write(folder, content | {"start_from": "shipped"})))
 
 
 def test_parquet_rows_equal_json_rows(folder: Path) -> None:

@@ -56,6 +56,7 @@ def train(
       gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick
       gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick --resume
       gircse train recipes/smollm2-135m-quick.yaml --data data/train -o runs/quick-k0 --num-steps 0
+      gircse train recipes/own-data.yaml --data DATA -o runs/mine       pairs of your own
       gircse train recipes/smollm2-135m-quick.yaml -o runs/last --set model.pooling=last --set loss.temperature=0.05
     """
     if output is None and not dry_run:

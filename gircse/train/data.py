@@ -1,6 +1,7 @@
 """Training rows: read from JSON lines, drawn by task, laid out in columns for the trainer.
 
-Knows the row format ``{"task", "instruction", "query", "pos": [...], "neg": [...]}``; knows nothing of models.
+Knows the row format ``{"task", "instruction", "query", "pos": [...], "neg": [...]}``, of which ``query`` and ``pos``
+must be there; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from gircse.encoder import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
+from gircse.model import DEFAULT_INSTRUCTION
 from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers, matches
 from gircse.train.recipe import Recipe, Source
 from gircse.train.teacher import Teacher
@@ -36,8 +38,17 @@ except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
 
+_NAMES = {"query": "anchor", "pos": "positive", "neg": "negative"}
+"""Fields, and what sentence-transformers' data sets call them."""
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a ``.jsonl``, ``.jsonl.zst`` or ``.parquet`` file.
+
+    Fields may go by the names of sentence-transformers' data sets, and a single text may stand where a list can.
+
+    Returns:
+        Each with all fields: a missing ``task`` is the file's name, a missing ``instruction`` empty.
 
     Raises:
         InputDataError: The file cannot be read, or a row is no JSON object or lacks a field; with file and line.
@@ -58,13 +69,20 @@ def _checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator
                 raise InputDataError(source, number, f"not JSON ({error.msg}); one object a line is expected") from None
         if not isinstance(row, dict):
             raise InputDataError(source, number, "not a JSON object; one object a line is expected")
-        for key, kind in (("task", str), ("instruction", str), ("query", str), ("pos", list)):
-            if not isinstance(row.get(key), kind) or not row[key]:
-                raise InputDataError(source, number, f"{key!r} must be a non-empty {kind.__name__}")
-        row["neg"] = [] if row.get("neg") is None else row["neg"]
+        row = {**row, **{key: row[name] for key, name in _NAMES.items() if key not in row and name in row}}
+        if not isinstance(row.get("query"), str) or not row["query"]:
+            raise InputDataError(source, number, "'query' must be a text that is not empty")
         for key in ("pos", "neg"):
+            given = row.get(key)
+            row[key] = [] if given is None else [given] if isinstance(given, str) else given
             if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise InputDataError(source, number, f"{key!r} must be a list of texts")
+                raise InputDataError(source, number, f"{key!r} must be a text or a list of texts")
+        if not any(row["pos"]):
+            raise InputDataError(source, number, "'pos' must hold a text that is not empty")
+        for key, default in (("task", Path(source).name.split(".")[0]), ("instruction", "")):
+            row[key] = default if row.get(key) is None else row[key]
+            if not isinstance(row[key], str):
+                raise InputDataError(source, number, f"{key!r} must be a text")
         yield row
 
 
@@ -121,8 +139,8 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
     for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
         if len(rows) < count:
             raise GircseError(
-                f"{source.name}: {len(rows)} rows of {source.task} have {source.negatives} negatives, the recipe asks "
-                f"for {count}; lower examples or negatives"
+                f"{source.name}: {len(rows)} rows have {source.negatives} negatives, the recipe asks for {count}; "
+                f"lower examples or negatives"
             )
         if not count:
             continue
@@ -134,7 +152,8 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
             texts = [_texts(row, source, generator) for row in drawn]
         else:
             texts, forms = _facet_texts(drawn, source, rows, generator)
-        columns = [_columns(row, source, own, generator) for row, own in zip(drawn, texts, strict=True)]
+        usual = recipe.query_instruction or DEFAULT_INSTRUCTION
+        columns = [_columns(row, source, own, usual, generator) for row, own in zip(drawn, texts, strict=True)]
         answers = make_answers(drawn, source, texts, forms, generator)
         rows = Dataset.from_list(columns)
         if answers:
@@ -172,10 +191,10 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
         InputDataError: A bad line.
         GircseError: A file is missing, or has no usable row of a source's task.
     """
-    wanted: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+    wanted: dict[Path, dict[str | None, list[dict[str, Any]]]] = {}
     for source in recipe.data.sources:
         if source.file is not None:
-            wanted.setdefault(source_path(recipe.data.folder, source), {})[str(source.task)] = []
+            wanted.setdefault(source_path(recipe.data.folder, source), {})[source.task] = []
     there: dict[Path, Counter[str]] = {path: Counter() for path in wanted}
     for path, patterns in wanted.items():
         for row in read_rows(path):
@@ -189,7 +208,7 @@ def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
             result.append(_hub_rows(source, recipe.seed))
             continue
         path = source_path(recipe.data.folder, source)
-        usable = [row for row in wanted[path][str(source.task)] if _usable(row, source)]
+        usable = [row for row in wanted[path][source.task] if _usable(row, source)]
         _check_found(usable, str(path), source, there[path])
         result.append(usable)
     return result
@@ -248,7 +267,7 @@ def _renamed(row: dict[str, Any], name: str, source: Source) -> dict[str, Any]:
 
 
 def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
-    """How many rows of each source: its own number, or its share of ``data.examples``.
+    """How many rows of each source: its own number, its share of ``data.examples``, or, without that number, all.
 
     Shares are proportional to size^(1/T), whole batches (an incomplete batch would be dropped), and never more than
     there is; what a small source cannot give goes to the others.
@@ -261,10 +280,12 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
         One number a source.
     """
     sources, batch = recipe.data.sources, recipe.training.batch_size
+    if recipe.data.examples is None:
+        return [source.examples or there for source, there in zip(sources, available, strict=True)]
     counts = [source.examples or 0 for source in sources]
     shared = [index for index, source in enumerate(sources) if source.examples is None]
     weights = {index: available[index] ** (1 / recipe.data.mixture_temperature) for index in shared}
-    for _ in range((recipe.data.examples or 0) // batch):  # a batch at a time to whoever is furthest below its share
+    for _ in range(recipe.data.examples // batch):  # a batch at a time to whoever is furthest below its share
         room = [index for index in shared if counts[index] + batch <= available[index]]
         if not room:
             break
@@ -320,9 +341,11 @@ def _others(
     return found[:count]
 
 
-def _columns(row: dict[str, Any], source: Source, texts: list[str], generator: random.Random) -> dict[str, str]:
-    """The texts with their prompts, by the name of their column."""
-    instruction = source.instruction or row["instruction"]
+def _columns(
+    row: dict[str, Any], source: Source, texts: list[str], usual: str, generator: random.Random
+) -> dict[str, str]:
+    """The texts with their prompts, by the name of their column; `usual` is the instruction where nobody names one."""
+    instruction = source.instruction or row["instruction"] or usual
     if not isinstance(instruction, str):
         instruction = generator.choice(instruction)
     prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction)
@@ -341,9 +364,15 @@ def steps_an_epoch(recipe: Recipe, examples: Mapping[str, int], processes: int =
         processes: That share a step, a batch each.
 
     Raises:
-        GircseError: A source whose candidates all processes share has fewer batches than there are processes.
+        GircseError: A source has fewer rows than a batch, or, where all processes share its candidates, fewer batches
+            than there are processes.
     """
     batch = recipe.training.batch_size
+    for name, count in examples.items():
+        if count < batch:
+            raise GircseError(
+                f"{name}: a batch holds one source, and {count} rows make none of {batch}; lower training.batch_size"
+            )
     if not recipe.training.gather_across_devices:
         return sum(count // batch for count in examples.values()) // processes
     for name, count in examples.items():

@@ -83,7 +83,9 @@ def mine_file(
         passages.setdefault(row["task"], {}).update(dict.fromkeys((*row["pos"], *row["neg"])))
     found: dict[str, int] = {}
     for (task, instruction), indices in by_task.items():
-        prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction) if hasattr(model, "format_instruction") else None
+        prompt = None
+        if hasattr(model, "format_instruction"):
+            prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction) if instruction else model.prompts.get("query")
         mined = _mine_task(
             [rows[index] for index in indices],
             list(passages[task]),

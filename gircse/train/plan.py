@@ -26,7 +26,7 @@ from gircse.other_models import MINILM, is_on_hub, minilm_folder
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.train.answers import ANSWER_COLUMN
 from gircse.train.data import load_training_data, steps_an_epoch
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped
 
 SAMPLE = 500
 """Rows tokenised of every source: enough for a histogram."""
@@ -142,7 +142,7 @@ def describe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _find_start(place: str) -> None:
-    if not _is_there(place):
+    if not is_shipped(place) and not _is_there(place):
         raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
 
 

@@ -113,8 +113,9 @@ class Source(_Section):
         hub: Instead of a file, a data set on the hub (or a folder that `datasets` loads), streamed and shuffled in a
             buffer. Rows may name their instruction ``prompt`` and their task ``type``, as FlagEmbedding's do.
         task: The ``task`` of the rows, or a pattern of several, e.g. ``bitext/tldr-en-*``, which then share their
-            batches; with `hub` it may be left out for all rows.
-        examples: How many, drawn without replacement with the recipe's seed; the mixture decides where not given.
+            batches; left out for all rows.
+        examples: How many, drawn without replacement with the recipe's seed. Where not given, the source's share of
+            ``data.examples``, or all.
         licence: Of the text; it goes into the model card.
         symmetric: Passages carry the instruction too.
         in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
@@ -165,8 +166,6 @@ class Source(_Section):
     def _one_place(self) -> Source:
         if (self.file is None) == (self.hub is None):
             raise ValueError("give either file or hub")
-        if self.file is not None and self.task is None:
-            raise ValueError("name the task of the file's rows")
         if self.hub is not None and self.examples is None:
             raise ValueError("a source on the hub is streamed: give its number of examples")
         return self
@@ -213,7 +212,7 @@ class DataSection(_Section):
     """Which rows, and how much of each text is read in training.
 
     Attributes:
-        examples: Rows in all of the sources that name no number of their own.
+        examples: Rows in all of the sources that name no number of their own; all that they have where not given.
         mixture_temperature: Those are shared out in proportion to size^(1/T): 1 is proportional, large values uniform.
     """
 
@@ -228,8 +227,6 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _numbers_of_examples(self) -> DataSection:
         open_sources = [source.name for source in self.sources if source.examples is None]
-        if open_sources and self.examples is None:
-            raise ValueError(f"give examples for {open_sources[0]}, or a total in data.examples")
         if self.examples is not None and not open_sources:
             raise ValueError("data.examples is shared out among sources without examples, and there is none")
         usual = type(self).model_fields["mixture_temperature"].default
@@ -288,12 +285,17 @@ class EvaluationSection(_Section):
     every: int = Field(default=100, ge=1)
 
 
+SHIPPED = "shipped"
+"""What ``start_from`` calls the model that comes with the package."""
+
+
 class Recipe(_Section):
     """A whole training run."""
 
     backbone: str
     start_from: str | None = Field(
-        default=None, description="a saved model of the same backbone whose adapter or weights are trained further"
+        default=None,
+        description="a saved model of the same backbone whose adapter or weights are trained further; shipped: ours",
     )
     seed: int = 0
     query_instruction: str | None = Field(default=None, description="stored as the default instruction of queries")
@@ -408,6 +410,11 @@ def _value(key: str, value: Any) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
+
+
+def is_shipped(place: str) -> bool:
+    """Whether a ``start_from`` means the model that comes with the package, and no folder that is called so."""
+    return place == SHIPPED and not Path(place).is_dir()
 
 
 def chosen_trackers(recipe: Recipe) -> list[str]:
