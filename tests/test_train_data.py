@@ -44,10 +44,10 @@ def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
     for bad, message in (
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        (json.dumps({**ROWS[0], "pos": []}), "'pos' must hold a text"),
+        (json.dumps({**ROWS[0], "pos": []}), "'pos' must hold texts"),
         (json.dumps({"pos": "a"}), "'query' must be a text"),
-        (json.dumps({"query": "a"}), "'pos' must hold a text"),
-        (json.dumps({"query": "a", "pos": ""}), "'pos' must hold a text"),
+        (json.dumps({"query": "a"}), "'pos' must hold texts"),
+        (json.dumps({"query": "a", "pos": ["b", ""]}), "'pos' must hold texts that are not empty"),
         (json.dumps({**ROWS[0], "task": 3}), "'task' must be a text"),
         (json.dumps({**ROWS[0], "neg": 3}), "'neg' must be a text or a list of texts"),
         (json.dumps({**ROWS[0], "pos": [1]}), "'pos' must be a text or a list of texts"),
@@ -163,6 +163,11 @@ def test_rows_of_ones_own_need_a_query_and_a_passage(folder: Path, backbone: Pat
     content["data"]["sources"][0]["instruction"] = "find the opposite"
     other = load_training_data(load_recipe(write(folder, content)))["own"]
     assert str(other["anchor"][0]).startswith("Instruct: find the opposite\nQuery:")
+    (folder / "data" / "empty.jsonl").touch()
+    content["data"]["sources"][0]["file"] = "empty"
+    with pytest.raises(GircseError, match=r"empty\.jsonl: it has no rows at all"):
+        load_training_data(load_recipe(write(folder, content)))
+    content["data"]["sources"][0]["file"] = "own"
     content["training"]["batch_size"] = 10
     with pytest.raises(GircseError, match="own: a batch holds one source, and 9 rows make none of 10; lower"):
         plan_training(load_recipe(write(folder, content)))

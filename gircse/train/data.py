@@ -77,8 +77,8 @@ def _checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator
             row[key] = [] if given is None else [given] if isinstance(given, str) else given
             if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
                 raise InputDataError(source, number, f"{key!r} must be a text or a list of texts")
-        if not any(row["pos"]):
-            raise InputDataError(source, number, "'pos' must hold a text that is not empty")
+        if not row["pos"] or not all(row["pos"]):
+            raise InputDataError(source, number, "'pos' must hold texts that are not empty")
         for key, default in (("task", Path(source).name.split(".")[0]), ("instruction", "")):
             row[key] = default if row.get(key) is None else row[key]
             if not isinstance(row[key], str):
@@ -219,12 +219,14 @@ def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks
     if usable:
         return
     found = sum(number for task, number in tasks.items() if matches(task, source.task))
+    if not tasks:
+        raise GircseError(f"{place}: it has no rows at all")
     if found:
         task = "" if source.task is None else f" of {source.task}"
         raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
     near = difflib.get_close_matches(str(source.task), tasks, n=1)
     listed = ", ".join(sorted(tasks)[:8]) + (", ..." if len(tasks) > 8 else "")
-    hint = f"did you mean {near[0]}?" if near else f"it has {listed or 'no rows at all'}"
+    hint = f"did you mean {near[0]}?" if near else f"it has {listed}"
     raise GircseError(f"{place}: there is no task {source.task}; {hint}")
 
 
