@@ -66,6 +66,18 @@ def test_a_dry_run_tells_the_settings_and_the_plan(
     assert told["settings"]["num_steps"] == 2
 
 
+def test_a_run_that_is_all_warm_up_is_told(
+    folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(folder, values(folder, backbone))
+    told = "6 steps are fewer than the 7 of warm-up: raise training.epochs"
+    for warm_up, expected in ((5, False), (7, True)):
+        verb(path, dry_run=True, changes=[f"training.warmup_steps={warm_up}"])
+        assert (told in capsys.readouterr().out) is expected
+        verb(path, folder / f"out{warm_up}", changes=[f"training.warmup_steps={warm_up}"])
+        assert (told in caplog.text) is expected
+
+
 def test_a_dry_run_looks_for_the_model_to_start_from_and_for_the_teacher(
     folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from gircse.errors import UsageError
 
 if TYPE_CHECKING:
     from gircse.train.plan import DryRun, TrainingPlan
+    from gircse.train.recipe import Recipe
 
 
 def train(
@@ -87,7 +88,7 @@ def train(
     if output is None or dry_run:
         with stderr.status("reading the data"):
             tried = try_recipe(loaded)
-        _print_json(tried) if json_output else _print_dry_run(tried, loaded.training.batch_size)
+        _print_json(tried) if json_output else _print_dry_run(tried, loaded)
         if tried.problems:
             raise typer.Exit(1)
         return
@@ -105,7 +106,7 @@ def _print_json(tried: DryRun) -> None:
     print(json.dumps({**plan, "checked": tried.checked, "problems": problems}))
 
 
-def _print_dry_run(tried: DryRun, batch_size: int) -> None:
+def _print_dry_run(tried: DryRun, recipe: Recipe) -> None:
     console, settings = Console(highlight=False, soft_wrap=True), tried.settings
     steps, lora = settings["num_steps"], settings["lora"]
     steps = f"{steps[0]} to {steps[1]}" if isinstance(steps, list) else steps
@@ -119,16 +120,22 @@ def _print_dry_run(tried: DryRun, batch_size: int) -> None:
         f"  losses go to log.jsonl{''.join(f', {name}' for name in settings['trackers'])}"
     )
     if tried.plan is not None:
-        _print_plan(tried.plan, batch_size)
+        _print_plan(tried.plan, recipe)
     if tried.problems:
         console.print(f"[bold]checked[/]: {', '.join(tried.checked) or 'nothing'}\n[bold]not to be had[/]:")
         for name, error in tried.problems.items():
             console.print(f"  {escape(f'{name}: {error}')}")
 
 
-def _print_plan(plan: TrainingPlan, batch_size: int) -> None:
-    console, hours = Console(highlight=False), plan.seconds_per_step * plan.steps / 3600
-    console.print(f"[bold]{sum(plan.examples.values()):,} examples[/] in {plan.steps:,} steps of {batch_size} rows")
+def _print_plan(plan: TrainingPlan, recipe: Recipe) -> None:
+    from gircse.train.recipe import warm_up_advice
+
+    console, minutes = Console(highlight=False, soft_wrap=True), plan.seconds_per_step * plan.steps / 60
+    took = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    rows = recipe.training.batch_size
+    console.print(f"[bold]{sum(plan.examples.values()):,} examples[/] in {plan.steps:,} steps of {rows} rows")
+    if advice := warm_up_advice(recipe, plan.steps):
+        console.print(f"  [yellow]{advice}[/]")
     for name, count in plan.examples.items():
         console.print(f"  {count:>9,}  {name}")
     console.print(f"[bold]tokens a text[/]: mean {plan.mean_tokens:.0f}, {plan.longest_share:.0%} are cut")
@@ -138,7 +145,7 @@ def _print_plan(plan: TrainingPlan, batch_size: int) -> None:
     console.print(
         f"[bold]parameters[/]: {plan.parameters / 1e6:,.0f} M, {plan.trained_parameters / 1e6:,.1f} M of them trained\n"
         f"[bold]memory[/]: about {plan.memory_bytes / 2**30:.1f} GiB\n"
-        f"[bold]time[/]: at least {plan.seconds_per_step:.1f} s a step, {hours:.1f} h "
+        f"[bold]time[/]: at least {plan.seconds_per_step:.1f} s a step, {took} "
         f"in all, at the {plan.matrix_flops / 1e9:,.0f} GFLOPS of matrix products measured here"
     )
     if (evaluation := plan.evaluation) is not None:

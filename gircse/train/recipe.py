@@ -412,6 +412,16 @@ def _value(key: str, value: Any) -> Any:
         raise UsageError(f"{key}={value} is no YAML value; put quotes around a text with a colon") from error
 
 
+def warm_up_advice(recipe: Recipe, steps: int) -> str | None:
+    """What to do about a run of so many steps that ends before its learning rate is reached; None where it does not."""
+    warm_up = recipe.training.warmup_steps
+    if warm_up < steps:
+        return None
+    return (
+        f"{steps} steps are fewer than the {warm_up} of warm-up: raise training.epochs or lower training.warmup_steps"
+    )
+
+
 def is_shipped(place: str) -> bool:
     """Whether a ``start_from`` means the model that comes with the package, and no folder that is called so."""
     return place == SHIPPED and not Path(place).is_dir()

@@ -6,6 +6,8 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -27,7 +29,7 @@ from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
 from gircse.train.data import SameSourceBatches, load_training_data, source_path, steps_an_epoch
 from gircse.train.fused_lora import fused_lora
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped, warm_up_advice
 from gircse.train.teacher import keep_vectors, load_teacher
 
 try:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from gircse.train.evaluation import TaskFolderEvaluator
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report | None = None) -> GIRCSE:
@@ -104,7 +108,9 @@ def _make_trainer(
 ) -> _Trainer:
     losses = make_losses(recipe, model, [str(name) for name in data])
     arguments = _arguments(recipe, checkpoints)
-    steps_an_epoch(recipe, {str(name): len(rows) for name, rows in data.items()}, arguments.world_size)
+    steps = steps_an_epoch(recipe, {str(name): len(rows) for name, rows in data.items()}, arguments.world_size)
+    if advice := warm_up_advice(recipe, math.ceil(steps * recipe.training.epochs)):
+        logger.warning(advice)
     in_logs = [Speed(model, losses.values()), StepLosses(losses, report)]
     trainer = _Trainer(
         model=model,
