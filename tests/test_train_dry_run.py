@@ -70,7 +70,7 @@ def test_a_run_that_is_all_warm_up_is_told(
     folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(folder, values(folder, backbone))
-    told = "6 steps are fewer than the 7 of warm-up: raise training.epochs"
+    told = "6 steps are no more than the 7 of warm-up: raise training.epochs"
     for warm_up, expected in ((5, False), (7, True)):
         verb(path, dry_run=True, changes=[f"training.warmup_steps={warm_up}"])
         assert (told in capsys.readouterr().out) is expected

@@ -418,7 +418,7 @@ def warm_up_advice(recipe: Recipe, steps: int) -> str | None:
     if warm_up < steps:
         return None
     return (
-        f"{steps} steps are fewer than the {warm_up} of warm-up: raise training.epochs or lower training.warmup_steps"
+        f"{steps} steps are no more than the {warm_up} of warm-up: raise training.epochs or lower training.warmup_steps"
     )
 
 
