@@ -155,7 +155,7 @@ def test_rows_of_ones_own_need_a_query_and_a_passage(folder: Path, backbone: Pat
     rows = list(read_rows(folder / "data" / "own.jsonl"))
     assert [(row["query"], row["pos"]) for row in rows] == [(f"query {i}", [f"pos {i}"]) for i in range(9)]
     assert [row["neg"] for row in rows] == [[]] * 5 + [[f"neg {i}"] for i in range(5, 9)]
-    content = values(folder, backbone) | {"query_instruction": "find the answer"}
+    content: dict[str, Any] = {**values(folder, backbone), "query_instruction": "find the answer"}
     content["data"]["sources"] = [{"file": "own", "licence": "my own"}]
     data = load_training_data(load_recipe(write(folder, content)))["own"]
     assert sorted(data["anchor"]) == [f"Instruct: find the answer\nQuery:query {i}" for i in range(9)]
