@@ -41,7 +41,6 @@ from gircse.refiner import pool_steps, recompute_states
 from gircse.train.plan import matrix_rate
 
 INSTRUCTION = "Retrieve semantically similar text"
-BATCH = 32
 Encode = Callable[[], object]
 
 
@@ -69,19 +68,21 @@ def plain_encoder(model: GIRCSE, folder: Path) -> SentenceTransformer:
     tokenizer: Any = transformer.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="lasttoken")
-    return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    return SentenceTransformer(modules=[transformer, pooling], device=str(model.device))
 
 
 @torch.inference_mode()
 def in_batches(
-    model: GIRCSE, texts: list[str], prompt: str, num_steps: int, states_of: Callable[..., Tensor]
+    model: GIRCSE, texts: list[str], prompt: str, num_steps: int, states_of: Callable[..., Tensor], batch: int
 ) -> Tensor:
-    """Batches of 32 in order of length, padded, through a loop of one's own."""
+    """Batches in order of length, padded, through a loop of one's own."""
     ids = sorted(model.tokenize_texts(texts, prompt).ids, key=len)
     found = []
-    for start in range(0, len(ids), BATCH):
-        features = model.encoder.pad(ids[start : start + BATCH])
-        found.append(states_of(model, features["input_ids"], features["attention_mask"], num_steps))
+    for start in range(0, len(ids), batch):
+        features = {
+            name: value.to(model.device) for name, value in model.encoder.pad(ids[start : start + batch]).items()
+        }
+        found.append(states_of(model, features["input_ids"], features["attention_mask"], num_steps).cpu())
     return pool_steps(torch.cat(found), "mean")
 
 
@@ -117,25 +118,29 @@ def unpacked(model: GIRCSE, texts: list[str], prompt: str, num_steps: int) -> ob
     return found
 
 
-def make_variants(model: GIRCSE, folder: Path, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+def make_variants(
+    model: GIRCSE, folder: Path, texts: list[str], instruction: str | None, batch: int
+) -> dict[str, Encode]:
     """What is compared, by name."""
     prompt = "" if instruction is None else model.format_instruction(instruction)
     encoder = plain_encoder(model, folder)
     return {
-        "encoder": lambda: encoder.encode(texts, prompt=prompt, batch_size=BATCH),
+        "encoder": lambda: encoder.encode(texts, prompt=prompt, batch_size=batch),
         "encode K=0": lambda: model.encode(texts, prompt=prompt, num_steps=0),
         "encode K=5": lambda: model.encode(texts, prompt=prompt, num_steps=5),
         "encode K=20": lambda: model.encode(texts, prompt=prompt, num_steps=20),
         "encode unpacked K=5": lambda: unpacked(model, texts, prompt, 5),
         "encode unpacked K=20": lambda: unpacked(model, texts, prompt, 20),
-        "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache),
-        "recompute K=5": lambda: in_batches(model, texts, prompt, 5, recompute),
+        "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache, batch),
+        "recompute K=5": lambda: in_batches(model, texts, prompt, 5, recompute, batch),
     }
 
 
-def make_half_variants(folder: Path, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+def make_half_variants(
+    model: GIRCSE, folder: Path, texts: list[str], instruction: str | None, batch: int
+) -> dict[str, Encode]:
     """Some of them with 16-bit weights."""
-    variants = make_variants(GIRCSE(device="cpu", dtype=torch.bfloat16), folder, texts, instruction)
+    variants = make_variants(model, folder, texts, instruction, batch)
     return {f"bfloat16 {name}": variants[name] for name in ("encoder", "encode K=0", "encode K=5", "encode K=20")}
 
 
@@ -152,11 +157,16 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def load_model(arguments: argparse.Namespace, dtype: str) -> GIRCSE:
+    """The model that is measured."""
+    return GIRCSE(arguments.model, device=arguments.device, dtype=getattr(torch, dtype))
+
+
 def load(arguments: argparse.Namespace, mix: str, count: int) -> tuple[GIRCSE, Path, list[str], str | None]:
     """Model, folder of its backbone, texts and instruction."""
     from gircse.backbones import resolve_backbone
 
-    model = GIRCSE(device="cpu")
+    model = load_model(arguments, arguments.dtype)
     folder = resolve_backbone(model.encoder.reference.name).path
     return model, folder, read_mix(arguments.data, mix, count), None if mix == "long" else INSTRUCTION
 
@@ -165,10 +175,11 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one run, and how far it raised the peak."""
     model, folder, texts, instruction = load(arguments, arguments.mixes[0], arguments.texts[0])
     if arguments.memory_of.startswith("bfloat16"):
-        variants = make_half_variants(folder, texts, instruction)
+        model = load_model(arguments, "bfloat16")
+        variants = make_half_variants(model, folder, texts, instruction, arguments.batch)
     else:
-        variants = make_variants(model, folder, texts, instruction)
-    print(peak_rise(variants[arguments.memory_of]))
+        variants = make_variants(model, folder, texts, instruction, arguments.batch)
+    print(peak_rise(variants[arguments.memory_of], arguments.device))
 
 
 def main() -> None:
@@ -177,6 +188,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
     parser.add_argument("--mixes", type=lambda text: text.split(","), default=["short", "medium", "long"])
     parser.add_argument("--texts", type=numbers, default=[192], help="of each mix; one number for all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", help="a saved model over the same backbone; the one that ships where not given")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="texts a batch of all but encode; 32 is the default there"
+    )
     parser.add_argument("--variants", type=lambda text: text.split(","), help="all where not given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
@@ -186,8 +203,11 @@ def main() -> None:
     if arguments.memory_of:
         peak_of_one(arguments)
         return
-    rate = matrix_rate()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    rate = matrix_rate(dtype=getattr(torch, arguments.dtype), device=arguments.device)
+    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if arguments.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    machine |= {"dtype": arguments.dtype, "batch": arguments.batch}
     machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
     table = Table("mix", "what", "seconds", "texts/s", "tokens/s", "to encoder", "of the floor", "peak MiB")
     entries: list[dict[str, Any]] = []
@@ -196,10 +216,11 @@ def main() -> None:
         model, folder, texts, instruction = load(arguments, mix, count)
         prompt = "" if instruction is None else model.format_instruction(instruction)
         ids = model.tokenize_texts(texts, prompt).ids
-        variants = make_variants(model, folder, texts, instruction)
+        variants = make_variants(model, folder, texts, instruction, arguments.batch)
         if arguments.variants:
             if any(name.startswith("bfloat16") for name in arguments.variants):
-                variants |= make_half_variants(folder, texts, instruction)
+                half = load_model(arguments, "bfloat16")
+                variants |= make_half_variants(half, folder, texts, instruction, arguments.batch)
             variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):
@@ -207,7 +228,7 @@ def main() -> None:
                 started = time.perf_counter()
                 run()
                 took = time.perf_counter() - started
-                print(f"{mix}, round {round_}, {name}: {took:.1f} s", file=sys.stderr, flush=True)
+                print(f"{mix}, round {round_}, {name}: {took:.3g} s", file=sys.stderr, flush=True)
                 if round_:  # the first round warms up
                     seconds[name].append(took)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -217,7 +238,9 @@ def main() -> None:
             peak = None
             if not arguments.no_memory:
                 command = [sys.executable, __file__, "--data", str(arguments.data), "--mixes", mix]
-                command += ["--texts", str(count), "--memory-of", name]
+                command += ["--texts", str(count), "--memory-of", name, "--device", arguments.device]
+                command += ["--dtype", arguments.dtype, "--batch", str(arguments.batch)]
+                command += ["--model", arguments.model] if arguments.model else []
                 told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 peak = float(told.split()[-1])
             tokens = sum(map(len, ids))
@@ -225,7 +248,7 @@ def main() -> None:
             entry |= {"seconds": value, "to_encoder": value / medians["encoder"], "share_of_floor": floor / value}
             entries.append(entry | {"peak_mib": peak, "all_seconds": seconds[name]})
             table.add_row(
-                mix, name, f"{value:.2f}", f"{len(texts) / value:.1f}", f"{tokens / value:,.0f}",
+                mix, name, f"{value:.3g}", f"{len(texts) / value:.1f}", f"{tokens / value:,.0f}",
                 f"{entry['to_encoder']:.2f}", f"{entry['share_of_floor']:.0%}", "" if peak is None else f"{peak:,.0f}",
             )  # fmt: skip
         arguments.output.parent.mkdir(exist_ok=True)  # after every mix: a run takes long

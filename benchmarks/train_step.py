@@ -45,11 +45,11 @@ VARIANTS = ("encoder-only", "ICR", "ICR with peft's LoRA", "dynamic cache", "rec
 Step = Callable[[], None]
 
 
-def load(backbone: str, dtype: str) -> GIRCSE:
+def load(backbone: str, dtype: str, device: str) -> GIRCSE:
     """LoRA as in the paper, ready for training."""
     torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    options = {"dtype": getattr(torch, dtype), "device": "cpu", "max_seq_length": 1024}
+    options = {"dtype": getattr(torch, dtype), "device": device, "max_seq_length": 1024}
     return GIRCSE.from_backbone(backbone, lora=lora, **options).train()
 
 
@@ -59,8 +59,8 @@ def make_batch(model: GIRCSE, rows: int, tokens: int) -> list[dict[str, Tensor]]
     generator = torch.Generator().manual_seed(0)
     return [
         {
-            "input_ids": torch.randint(0, size, (rows, tokens), generator=generator),
-            "attention_mask": torch.ones(rows, tokens, dtype=torch.long),
+            "input_ids": torch.randint(0, size, (rows, tokens), generator=generator).to(model.device),
+            "attention_mask": torch.ones(rows, tokens, dtype=torch.long, device=model.device),
         }
         for _ in range(2)
     ]
@@ -79,13 +79,14 @@ def make_step(variant: str, model: GIRCSE, batch: list[dict[str, Tensor]], num_s
             model.num_steps = num_steps if variant == "ICR" else 0
             with fused_lora(model, packed):
                 loss(batch).backward()
-            return
-        if variant == "ICR with peft's LoRA":
+        elif variant == "ICR with peft's LoRA":
             model.num_steps = num_steps
             loss(batch).backward()
-            return
-        states = (recompute if variant == "recompute" else dynamic_cache)(model, ids, num_steps)
-        loss.contrast(pool_steps(states, "mean"), allowed).backward()
+        else:
+            states = (recompute if variant == "recompute" else dynamic_cache)(model, ids, num_steps)
+            loss.contrast(pool_steps(states, "mean"), allowed).backward()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
@@ -129,15 +130,16 @@ def time_steps(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one step, and how far it raised the peak."""
-    model = load(arguments.backbone, arguments.dtype)
+    model = load(arguments.backbone, arguments.dtype, arguments.device)
     batch = make_batch(model, arguments.rows, arguments.tokens[0])
-    print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0])))
+    print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0]), arguments.device))
 
 
 def measure_peak(variant: str, arguments: argparse.Namespace, tokens: int, num_steps: int) -> float | None:
     """MiB beyond the loaded model; None where memory did not suffice."""
     command = [sys.executable, __file__, "--memory-of", variant, "--rows", str(arguments.rows), "--tokens", str(tokens)]
     command += ["--steps", str(num_steps), "--backbone", arguments.backbone, "--dtype", arguments.dtype]
+    command += ["--device", arguments.device]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode in (-9, 137) or "memory" in done.stderr:
         return None
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variants", type=variants, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -175,12 +178,14 @@ def main() -> None:
     if arguments.memory_of:
         peak_of_one(arguments)
         return
-    model = load(arguments.backbone, arguments.dtype)
+    model = load(arguments.backbone, arguments.dtype, arguments.device)
     vocabulary = model.encoder.decoder.vocabulary.embedding.weight.numel()
     linears = [m for m in model.encoder.decoder.transformer.modules() if type(m) is torch.nn.Linear]
     layers = sum(m.weight.numel() for m in linears if 16 not in m.weight.shape)
-    rate = matrix_rate(dtype=getattr(torch, arguments.dtype))
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    rate = matrix_rate(dtype=getattr(torch, arguments.dtype), device=arguments.device)
+    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if arguments.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
     machine |= {"threads": torch.get_num_threads(), "matrix_gflops": rate / 1e9, "torch": torch.__version__}
     settings = {"rows": 2 * arguments.rows, "repeats": arguments.repeats, "backbone": arguments.backbone}
     settings["dtype"] = arguments.dtype
@@ -203,7 +208,7 @@ def main() -> None:
                 entry |= {"to_encoder_only": value / seconds["encoder-only"], "floor_seconds": floor, "peak_mib": peak}
                 entries.append(entry)
                 shown = "" if peak is None else f"{peak:,.0f}"
-                cells = (f"{value:.2f}", f"{entry['to_encoder_only']:.2f}", f"{value / floor:.2f}", shown)
+                cells = (f"{value:.3g}", f"{entry['to_encoder_only']:.2f}", f"{value / floor:.2f}", shown)
                 table.add_row(str(tokens), str(num_steps), variant, *cells)
             arguments.output.parent.mkdir(exist_ok=True)
             found = {"machine": machine, "settings": settings, "entries": entries}

@@ -37,7 +37,7 @@ def _weight(layer: LoraLayer) -> Tensor:
 
 
 def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
-    """Whether folding keeps the vectors: frozen layers over weights of their own, in float32 or, on a CPU, in bfloat16.
+    """Whether folding keeps the vectors: frozen layers over weights of their own, in float32 or bfloat16.
 
     A layer that is being trained must stay apart, and what is folded into a tied LM head would also change the
     embedding table.
@@ -48,12 +48,8 @@ def can_fold(backbone: PreTrainedModel, layers: list[LoraLayer]) -> bool:
     return (
         not trained
         and not any(layer.disable_adapters for layer in layers)
-        and all(weight is not embedding and _is_foldable(weight) for weight in weights)
+        and all(weight is not embedding and weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
     )
-
-
-def _is_foldable(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
 
 
 def bytes_to_fold(layers: list[LoraLayer]) -> int:

@@ -23,6 +23,7 @@ from gircse.attention import use_fastest_attention
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
 from gircse.hardware import free_memory
+from gircse.norms import use_fused_norms
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
 
@@ -34,7 +35,11 @@ INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
 """The paper's query format (appendix A): the text follows immediately."""
 
 PROMPT_PASS_TOKENS = 1024
-"""Padded tokens of one prompt pass. A batch above it is run in groups of similar length, so padding costs little."""
+"""Padded tokens of one prompt pass on a CPU. A batch above it is run in groups of similar length, so padding costs
+little."""
+
+GPU_PROMPT_PASS_TOKENS = 32_768
+"""The same on a GPU, which launches a pass in the time that it computes thousands of tokens."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,7 @@ class GenerativeEncoder(InputModule):
     def _has_room(self, layers: list[LoraLayer]) -> bool:
         """Whether the originals of 16-bit weights can be kept. Decided once: vectors should not change by the hour."""
         if self._room_to_fold is None:
-            self._room_to_fold = bytes_to_fold(layers) <= SHARE_OF_MEMORY * free_memory()
+            self._room_to_fold = bytes_to_fold(layers) <= SHARE_OF_MEMORY * free_memory(self.backbone.device)
         return self._room_to_fold
 
     # Text to token ids
@@ -346,16 +351,15 @@ class GenerativeEncoder(InputModule):
         if isinstance(steps, Integral):  # NumPy's too
             steps = int(steps)
         prompt = (self.decoder, features["input_ids"], features["attention_mask"])
+        pass_tokens = PROMPT_PASS_TOKENS if features["input_ids"].device.type == "cpu" else GPU_PROMPT_PASS_TOKENS
         with self.packed_weights.products(features["input_ids"].device):
             if config.encoder_only:
                 config.check_steps(steps if isinstance(steps, int) else max(steps))
                 states = encode_prompt(
-                    *prompt, pooling=config.pooling, attention=config.attention, prompt_tokens=PROMPT_PASS_TOKENS
+                    *prompt, pooling=config.pooling, attention=config.attention, prompt_tokens=pass_tokens
                 )
             else:
-                states = refine(
-                    *prompt, num_steps=steps, temperature=config.temperature, prompt_tokens=PROMPT_PASS_TOKENS
-                )
+                states = refine(*prompt, num_steps=steps, temperature=config.temperature, prompt_tokens=pass_tokens)
         features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)
         if not isinstance(steps, int):
@@ -453,6 +457,7 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         if shown:
             transformers_logging.enable_progress_bar()
     use_fastest_attention(backbone)
+    use_fused_norms(backbone)
     return backbone
 
 

@@ -54,8 +54,10 @@ def is_intel() -> bool:
     return "GenuineIntel" in described or "Intel64" in described
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its container's where those are fewer."""
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that this process may still take: of a GPU, or the machine's, or its container's where those are fewer."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     for limit, taken in CONTAINER_MEMORY:
         try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from gircse.batches import plan_batches
+from gircse.batches import default_batch_tokens, plan_batches
 from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.model_card import GIRCSEModelCardData
@@ -347,6 +347,7 @@ class GIRCSE(SentenceTransformer):
         unique = {ids: index for index, ids in enumerate(dict.fromkeys(map(tuple, tokenized.ids)))}
         texts = list(unique)  # a text that occurs twice is embedded once
         lengths = [len(ids) for ids in texts]
+        batch_tokens = default_batch_tokens(device.type) if batch_tokens is None else batch_tokens
         batches = plan_batches(lengths, steps, batch_tokens, max_batch)
         if not texts:
             shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}

@@ -22,6 +22,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id; the model that ships with gircse where not given.")
 ]
 InstructionOption = Annotated[str | None, typer.Option("--instruction", help="What the vector should be about.")]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Padded tokens of a batch: what bounds memory. 4096 on a CPU, 65536 on a GPU where not given."
+    ),
+]
 NumStepsOption = Annotated[
     int | None, typer.Option("--num-steps", min=0, help="Refinement steps K; the model's where not given.")
 ]

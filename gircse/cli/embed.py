@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from gircse.batches import DEFAULT_BATCH_TOKENS
+from gircse.batches import default_batch_tokens
 from gircse.cli.common import (
+    BatchTokensOption,
     DebugOption,
     DeviceOption,
     Dtype,
@@ -106,9 +107,7 @@ def embed(
         int | None,
         typer.Option(min=1, help="Longest prompt + text in tokens; the model's where not given. Only the text is cut."),
     ] = None,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
-    ] = DEFAULT_BATCH_TOKENS,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     ray: Annotated[
@@ -171,7 +170,7 @@ def embed(
             dim=dim,
             precision=precision,
             max_length=max_length or encoder.max_seq_length,
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or default_batch_tokens(encoder.device.type),
             shard_size=shard_size,
             environment=environment,
         )

@@ -14,8 +14,8 @@ import typer
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from gircse.batches import DEFAULT_BATCH_TOKENS
 from gircse.cli.common import (
+    BatchTokensOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -71,9 +71,7 @@ def index(
         str | None, typer.Option(help="Of the documents; the model's document prompt (none) where not given.")
     ] = None,
     num_steps: NumStepsOption = None,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Padded tokens of a batch: what bounds memory.")
-    ] = DEFAULT_BATCH_TOKENS,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json_output: JsonOption = False,

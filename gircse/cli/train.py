@@ -75,7 +75,8 @@ def train(
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
     if num_steps == 0:  # what is about soft tokens goes with them
-        overrides = {"training.random_steps": None, "loss.prompt_step": False, **overrides}
+        of_steps = {"training.random_steps": None, "training.steps_distribution": "uniform", "loss.prompt_step": False}
+        overrides = of_steps | overrides
 
     with stderr.status("importing the trainer"):
         from gircse.train.recipe import load_recipe
@@ -110,6 +111,8 @@ def _print_dry_run(tried: DryRun, recipe: Recipe) -> None:
     console, settings = Console(highlight=False, soft_wrap=True), tried.settings
     steps, lora = settings["num_steps"], settings["lora"]
     steps = f"{steps[0]} to {steps[1]}" if isinstance(steps, list) else steps
+    if settings.get("steps_distribution") == "log_uniform":
+        steps = f"{steps}, each in proportion to 1/K"
     sizes = "all weights are trained" if lora is None else ", ".join(f"{key} {value}" for key, value in lora.items())
     console.print(
         f"[bold]the recipe is valid[/]\n"

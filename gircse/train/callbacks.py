@@ -281,13 +281,20 @@ class RandomSteps(TrainerCallback):
         model: The model that is trained.
         bounds: The least and the largest K.
         seed: The recipe's.
+        distribution: ``uniform``, or ``log_uniform``: each K in proportion to 1/K.
     """
 
-    def __init__(self, model: GIRCSE, bounds: tuple[int, int], seed: int) -> None:
+    def __init__(self, model: GIRCSE, bounds: tuple[int, int], seed: int, distribution: str = "uniform") -> None:
         self.model, self.bounds, self.seed, self.own = model, bounds, seed, model.num_steps
+        self.distribution = distribution
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.num_steps = random.Random(f"{self.seed}/{state.global_step}").randint(*self.bounds)
+        generator, (least, most) = random.Random(f"{self.seed}/{state.global_step}"), self.bounds
+        if self.distribution == "uniform":
+            self.model.num_steps = generator.randint(least, most)
+        else:
+            choices = range(least, most + 1)
+            self.model.num_steps = generator.choices(choices, [1 / steps for steps in choices])[0]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.model.num_steps = self.own

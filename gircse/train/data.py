@@ -33,7 +33,7 @@ from gircse.train.teacher import Teacher
 
 try:
     import zstandard
-    from datasets import Array2D, Dataset, DatasetDict
+    from datasets import Array2D, Dataset, DatasetDict, Features, List, Value
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
@@ -137,40 +137,46 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
     silent = teacher is None or int(os.environ.get("LOCAL_RANK", 0)) > 0
     bar = tqdm(total=sum(counts), desc="the teacher reads", unit=" rows", leave=False, disable=silent)
     for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
-        if len(rows) < count:
+        if len(rows) * source.repeats < count:
             raise GircseError(
                 f"{source.name}: {len(rows)} rows have {source.negatives} negatives, the recipe asks for {count}; "
-                f"lower examples or negatives"
+                f"lower examples or negatives, or raise repeats"
             )
         if not count:
             continue
         # A generator of the source's own: adding a source does not change the rows of the others.
         generator = random.Random(f"{recipe.seed}/{source.name}")
-        drawn = generator.sample(rows, count)
+        drawn = _draw(rows, count, generator)
         forms: list[list[int]] = []
         if source.facet is None:
             texts = [_texts(row, source, generator) for row in drawn]
         else:
             texts, forms = _facet_texts(drawn, source, rows, generator)
         usual = recipe.query_instruction or DEFAULT_INSTRUCTION
-        columns = [_columns(row, source, own, usual, generator) for row, own in zip(drawn, texts, strict=True)]
-        answers = make_answers(drawn, source, texts, forms, generator)
-        rows = Dataset.from_list(columns)
-        if answers:
-            rows = rows.add_column(ANSWER_COLUMN, answers)
+        laid_out = [_columns(row, source, own, usual, generator) for row, own in zip(drawn, texts, strict=True)]
+        columns: dict[str, Any] = {name: [row[name] for row in laid_out] for name in laid_out[0]}
+        features: dict[str, Any] = dict.fromkeys(columns, Value("string"))
+        if answers := make_answers(drawn, source, texts, forms, generator):
+            columns[ANSWER_COLUMN], features[ANSWER_COLUMN] = answers, Value("string")
         if teacher is not None and source.teacher:
             read = 1 if source.teacher == "anchor" else len(texts[0])
             vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)
             labels = vectors.reshape(count, read, -1).repeat(len(texts[0]) // read, axis=1)  # (rows, columns, width)
-            rows = rows.add_column("label", labels.tolist(), feature=Array2D(labels.shape[1:], "float32"))
+            columns["label"], features["label"] = labels, Array2D(labels.shape[1:], "float32")
         elif source.class_field is not None:
-            rows = rows.add_column("label", _classes(drawn, source))
+            columns["label"], features["label"] = _classes(drawn, source), Value("int64")
         elif source.facet == "form" and source.in_batch_negatives:
-            rows = rows.add_column("label", forms)
-        result[source.name] = rows
+            columns["label"], features["label"] = forms, List(Value("int64"))
+        result[source.name] = Dataset.from_dict(columns, features=Features(features))
         bar.update(count)
     bar.close()
     return result
+
+
+def _draw(rows: list[dict[str, Any]], count: int, generator: random.Random) -> list[dict[str, Any]]:
+    """Rows without replacement; beyond their number, all of them once more, in another order."""
+    whole, rest = divmod(count, len(rows))
+    return [row for size in [len(rows)] * whole + [rest] for row in generator.sample(rows, size)]
 
 
 def _classes(rows: list[dict[str, Any]], source: Source) -> list[int]:
@@ -276,12 +282,13 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
 
     Args:
         recipe: The recipe.
-        available: Usable rows of each source.
+        available: Usable rows of each source; one that has `repeats` gives them that many times.
 
     Returns:
         One number a source.
     """
     sources, batch = recipe.data.sources, recipe.training.batch_size
+    available = [there * source.repeats for source, there in zip(sources, available, strict=True)]
     if recipe.data.examples is None:
         return [source.examples or there for source, there in zip(sources, available, strict=True)]
     counts = [source.examples or 0 for source in sources]

@@ -31,30 +31,31 @@ class _LoraProduct(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
+        rounded: tuple[Tensor, Tensor],
         scale: float,
         packed: PackedWeights,
     ) -> Tensor:
-        # The adapter may be in float32 over weights in bfloat16.
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        low = rows @ a.T.to(x.dtype)  # (N, r)
+        a_x, b_x = rounded  # A and B in the dtype of x
+        low = rows @ a_x.T  # (N, r)
         out = packed.product(rows, weight, bias)  # (N, out)
         if out is None:
             out = F.linear(rows, weight, bias)
-        out.addmm_(low, b.T.to(x.dtype), alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scale, ctx.shape, ctx.packed = scale, x.shape, packed
+        out.addmm_(low, b_x.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a_x, b_x, low)
+        ctx.scale, ctx.shape, ctx.packed, ctx.dtype = scale, x.shape, packed, a.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
+        rows, weight, a_x, b_x, low = ctx.saved_tensors
         grad = gradients[0].reshape(-1, weight.shape[0])  # (N, out)
-        low_grad = (grad @ b.to(grad.dtype)).mul_(ctx.scale)  # (N, r)
+        low_grad = (grad @ b_x).mul_(ctx.scale)  # (N, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a.to(grad.dtype)).view(ctx.shape)
+            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a_x).view(ctx.shape)
         grad_a, grad_b = low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale)
-        return grad_x, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
+        return grad_x, None, None, grad_a.to(ctx.dtype), grad_b.to(ctx.dtype), None, None, None
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -79,6 +80,43 @@ def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> 
     return grad @ weight if out is None else out
 
 
+class _Rounded:
+    """Adapters in the dtype of the weights under them, made once a forward pass of the model and not at each of its steps.
+
+    Outside of one nothing is kept: weights may change between two passes.
+    """
+
+    def __init__(self, layers: list[Linear]) -> None:
+        self._layers = layers
+        self._pairs: dict[Linear, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def begin(self, *_: Any) -> None:
+        """Round all adapters, in a few operations for all of them."""
+        weights = [weight for layer in self._layers for weight in _adapter(layer)]
+        wanted = [layer.get_base_layer().weight.dtype for layer in self._layers for _ in range(2)]
+        rounded = [torch.empty_like(weight, dtype=dtype) for weight, dtype in zip(weights, wanted, strict=True)]
+        if rounded:
+            torch._foreach_copy_(rounded, weights)
+        self._pairs = dict(zip(self._layers, zip(rounded[::2], rounded[1::2], strict=True), strict=True))
+
+    def end(self, *_: Any) -> None:
+        self._pairs = {}
+
+    def of(self, layer: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of a layer."""
+        if (kept := self._pairs.get(layer)) is not None:
+            return kept
+        a, b = _adapter(layer)
+        return a.detach().to(dtype), b.detach().to(dtype)
+
+
+def _adapter(layer: Linear) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B, (out, r), of a layer's only adapter."""
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
 @contextmanager
 def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterator[int]:
     """Run the model's plain LoRA layers as one operation each; others stay as they are.
@@ -94,14 +132,18 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
     """
     packed = PackedWeights() if packed is None else packed
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and _is_plain(layer)]
+    rounded = _Rounded([layer for layer in layers if _adapter(layer)[0].dtype != layer.get_base_layer().weight.dtype])
     heads = [layer for name, layer in model.named_modules() if _is_frozen_head(layer, name)]
     for layer in layers:
-        layer.forward = partial(_forward, layer, layer.forward, packed)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, layer.forward, packed, rounded)  # type: ignore[method-assign]
     for head in heads:
         head.forward = partial(_frozen_forward, head, packed)  # type: ignore[method-assign]
+    hooks = [model.register_forward_pre_hook(rounded.begin), model.register_forward_hook(rounded.end, always_call=True)]
     try:
         yield len(layers)
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer in [*layers, *heads]:
             del layer.forward  # the class's own again
 
@@ -135,9 +177,15 @@ def _frozen_forward(layer: nn.Linear, packed: PackedWeights, x: Tensor) -> Tenso
 
 
 def _forward(
-    layer: Linear, original: Callable[..., Tensor], packed: PackedWeights, x: Tensor, *args: Any, **kwargs: Any
+    layer: Linear,
+    original: Callable[..., Tensor],
+    packed: PackedWeights,
+    rounded: _Rounded,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    name, base = layer.active_adapters[0], layer.get_base_layer()
+    base = layer.get_base_layer()
     if (
         layer.merged
         or layer.disable_adapters
@@ -145,5 +193,5 @@ def _forward(
         or x.dtype != base.weight.dtype
     ):
         return original(x, *args, **kwargs)
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name], packed)  # type: ignore[return-value]
+    pair, scale = rounded.of(layer, x.dtype), layer.scaling[layer.active_adapters[0]]
+    return _LoraProduct.apply(x, base.weight, base.bias, *_adapter(layer), pair, scale, packed)  # type: ignore[return-value]

@@ -116,6 +116,8 @@ class Source(_Section):
             batches; left out for all rows.
         examples: How many, drawn without replacement with the recipe's seed. Where not given, the source's share of
             ``data.examples``, or all.
+        repeats: How many times each row may be drawn, for small sources that should count more. Its positive, its
+            negatives and its instruction are drawn anew every time.
         licence: Of the text; it goes into the model card.
         symmetric: Passages carry the instruction too.
         in_batch_negatives: False where rows of a batch share labels: only a row's own negatives count.
@@ -146,6 +148,7 @@ class Source(_Section):
     hub: str | None = None
     task: str | None = None
     examples: int | None = Field(default=None, ge=1)
+    repeats: int = Field(default=1, ge=1)
     licence: str
     symmetric: bool = False
     in_batch_negatives: bool = True
@@ -242,6 +245,11 @@ class DataSection(_Section):
         return self
 
 
+StepsDistribution = Literal["uniform", "log_uniform"]
+"""How often each K of ``training.random_steps`` is drawn: all alike, or in proportion to 1/K, so that a range up to the
+largest K that will be served costs little more than its small ones."""
+
+
 class TrainingSection(_Section):
     """The optimiser's settings."""
 
@@ -258,6 +266,9 @@ class TrainingSection(_Section):
     log_every: int = Field(default=5, ge=1)
     random_steps: tuple[int, int] | None = Field(
         default=None, description="draw the K of every batch from this range; the model's own K stays what it is"
+    )
+    steps_distribution: StepsDistribution = Field(
+        default="uniform", description="of the K drawn; log_uniform: in proportion to 1/K"
     )
     gather_across_devices: bool = Field(default=False, description="negatives of all processes")
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -324,6 +335,8 @@ class Recipe(_Section):
         least, most = self.training.random_steps or (1, 2)
         if not 1 <= least < most:
             raise ValueError("training.random_steps is the least and the largest K to draw, e.g. [1, 10]")
+        if self.training.steps_distribution != "uniform" and not self.training.random_steps:
+            raise ValueError("training.steps_distribution is that of training.random_steps, which is not there")
         if self.training.random_steps and self.model.num_steps == 0:
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
         if self.loss.prompt_step and self.model.num_steps == 0:

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOADERS = 4
+"""Processes that tokenise batches for a GPU."""
+
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report | None = None) -> GIRCSE:
     """Run a recipe and save the model to `output`.
@@ -122,8 +125,8 @@ def _make_trainer(
     )
     trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
     trainer.add_callback(_Progress())
-    if recipe.training.random_steps:
-        trainer.add_callback(RandomSteps(model, recipe.training.random_steps, recipe.seed))
+    if bounds := recipe.training.random_steps:
+        trainer.add_callback(RandomSteps(model, bounds, recipe.seed, recipe.training.steps_distribution))
     # What adds to the logs comes first: the trackers are in the list already, and would not see it.
     trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in in_logs)
     return trainer
@@ -285,6 +288,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTraining
         multi_dataset_batch_sampler="proportional",
         seed=recipe.seed,
         data_seed=recipe.seed,
+        # Texts are tokenised beside the steps; on a CPU the steps would wait for the cores.
+        dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
         report_to=chosen_trackers(recipe) or "none",
         disable_tqdm=False,
     )
