@@ -1,7 +1,7 @@
 """RMS norms as one operation on a GPU, instead of the eight small ones that transformers writes them as.
 
 Knows normalisation modules; knows nothing of layers, caches or texts. A soft token goes through the layers alone, and
-what it waits for on a GPU is the launching of operations; in training each of the eight also keeps its input in float32.
+what it waits for on a GPU is the launching of operations; in training each of the eight keeps its input as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def use_fused_norms(model: nn.Module) -> int:
 
 
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x²) + ε) · weight over the last dimension, (..., d), rounded once."""
+    """The norm x / sqrt(mean(x²) + ε) · weight over the last dimension, (..., d), rounded once."""
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 

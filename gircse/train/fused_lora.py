@@ -81,7 +81,7 @@ def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> 
 
 
 class _Rounded:
-    """Adapters in the dtype of the weights under them, made once a forward pass of the model and not at each of its steps.
+    """Adapters in the dtype of the weights under them, made once a forward pass of the model and not once a soft token.
 
     Outside of one nothing is kept: weights may change between two passes.
     """
