@@ -151,6 +151,11 @@ def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     return expanded
 
 
+def cache_tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, (B, heads, N, head_dim) each."""
+    return [_layer(cache, index) for index in range(len(cache.layers))]
+
+
 def select_rows(cache: DynamicCache, rows: Tensor | slice) -> None:
     """Keep these rows of a joined cache, in this order. A slice copies nothing.
 

@@ -26,6 +26,7 @@ from gircse.hardware import free_memory
 from gircse.norms import use_fused_norms
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
+from gircse.step_graphs import StepGraphs
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -220,6 +221,7 @@ class GenerativeEncoder(InputModule):
         self.fold_adapter = True
         self._room_to_fold: bool | None = None
         self.packed_weights = PackedWeights()
+        self.step_graphs = StepGraphs()
         # Cutting on the left would cut the instruction; the length is checked here, so the tokenizer need not warn.
         tokenizer.truncation_side = "right"
         tokenizer.model_max_length = int(1e9)
@@ -359,7 +361,8 @@ class GenerativeEncoder(InputModule):
                     *prompt, pooling=config.pooling, attention=config.attention, prompt_tokens=pass_tokens
                 )
             else:
-                states = refine(*prompt, num_steps=steps, temperature=config.temperature, prompt_tokens=pass_tokens)
+                options = {"temperature": config.temperature, "prompt_tokens": pass_tokens, "graphs": self.step_graphs}
+                states = refine(*prompt, num_steps=steps, **options)
         features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)
         if not isinstance(steps, int):

@@ -46,6 +46,33 @@ def test_gradients_are_those_of_the_cpu(backbone: Path) -> None:
     assert float(nn.functional.cosine_similarity(*found, dim=0)) > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replayed_steps_are_those_of_the_plain_loop(backbone: Path, dtype: torch.dtype) -> None:
+    """Several sizes and optimiser steps, in training and at inference."""
+    models = [load(backbone, "cuda", dtype).train() for _ in range(2)]
+    models[1].encoder.step_graphs.enabled = False
+    curves: list[list[float]] = [[], []]
+    for model, curve in zip(models, curves, strict=True):
+        optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+        with fused_lora(model):
+            for count in (4, 3, 4, 4, 2, 3):
+                columns = [model.encoder.preprocess(texts) for texts in (TEXTS[:count], TEXTS[::-1][:count])]
+                columns = [{key: value.to("cuda") for key, value in column.items()} for column in columns]
+                loss = ICRLoss(model, temperature=0.5)(columns)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                curve.append(float(loss.detach()))
+    assert models[0].encoder.step_graphs._steps
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=tolerance, atol=tolerance)
+    replayed = [torch.tensor(models[0].encode(TEXTS[:count], num_steps=6)) for count in (4, 1, 3, 4)]
+    models[0].encoder.step_graphs.enabled = False
+    for vectors in replayed:
+        expected = torch.tensor(models[0].encode(TEXTS[: len(vectors)], num_steps=6))
+        assert float(nn.functional.cosine_similarity(vectors, expected).min()) > (0.99999 if tolerance < 0.01 else 0.99)
+
+
 def test_a_folded_adapter_in_bfloat16_keeps_the_vectors(backbone: Path) -> None:
     exact = torch.tensor(load(backbone, "cpu").encode(TEXTS))
     model = load(backbone, "cuda", torch.bfloat16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeGuard
 
 import torch
@@ -83,29 +84,37 @@ def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> 
 class _Rounded:
     """Adapters in the dtype of the weights under them, made once a forward pass of the model and not once a soft token.
 
-    Outside of one nothing is kept: weights may change between two passes.
+    They stay at their places in memory, where recorded steps read them. Outside of a forward pass none is given: the
+    weights may have changed.
     """
 
     def __init__(self, layers: list[Linear]) -> None:
         self._layers = layers
         self._pairs: dict[Linear, tuple[Tensor, Tensor]] = {}
+        self._stamp: list[tuple[int, int]] = []
+        self._running = False
 
     @torch.no_grad()
     def begin(self, *_: Any) -> None:
-        """Round all adapters, in a few operations for all of them."""
+        """Round the adapters that have changed, in a few operations for all of them."""
+        self._running = True
         weights = [weight for layer in self._layers for weight in _adapter(layer)]
-        wanted = [layer.get_base_layer().weight.dtype for layer in self._layers for _ in range(2)]
-        rounded = [torch.empty_like(weight, dtype=dtype) for weight, dtype in zip(weights, wanted, strict=True)]
-        if rounded:
-            torch._foreach_copy_(rounded, weights)
-        self._pairs = dict(zip(self._layers, zip(rounded[::2], rounded[1::2], strict=True), strict=True))
+        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
+        if stamp == self._stamp or not weights:
+            return
+        if any(place != before for (place, _), (before, _) in zip_longest(stamp, self._stamp, fillvalue=(0, 0))):
+            wanted = [layer.get_base_layer().weight.dtype for layer in self._layers for _ in range(2)]
+            made = [torch.empty_like(weight, dtype=dtype) for weight, dtype in zip(weights, wanted, strict=True)]
+            self._pairs = dict(zip(self._layers, zip(made[::2], made[1::2], strict=True), strict=True))
+        torch._foreach_copy_([rounded for pair in self._pairs.values() for rounded in pair], weights)
+        self._stamp = stamp
 
     def end(self, *_: Any) -> None:
-        self._pairs = {}
+        self._running = False
 
     def of(self, layer: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B of a layer."""
-        if (kept := self._pairs.get(layer)) is not None:
+        if self._running and (kept := self._pairs.get(layer)) is not None:
             return kept
         a, b = _adapter(layer)
         return a.detach().to(dtype), b.detach().to(dtype)

@@ -1,0 +1,382 @@
+"""A refinement step recorded once as a CUDA graph and replayed for every soft token, forward and backward.
+
+Knows a `Decoder` and tensors of keys and values; knows nothing of prompts, losses or texts. A step is one token a row:
+hundreds of small operations, whose launching takes many times as long as the GPU takes to compute them. All steps of
+all batches of one size are the same operations over the same memory, so they are recorded together.
+
+The backward pass computes its step again and keeps nothing but hidden states, whatever K. Only recording needs a GPU:
+elsewhere the same operations can be run one by one, which is how tests compare them with the plain loop.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from gircse.attention import ATTENTION
+from gircse.decoders import Decoder
+
+FEWEST_STEPS = 2
+"""Fewer are written without graphs."""
+
+_POSITIONS = 32
+"""Positions of the buffers are a multiple of this, so that prompts of similar length share a graph."""
+
+_ROWS = 64
+"""At inference so are rows."""
+
+_MOST_SIZES = 24
+"""Graphs of so many sizes are kept, those used last."""
+
+
+class StepGraphs:
+    """Recorded steps of one decoder, by size. A copy or pickle of this holds none.
+
+    Attributes:
+        enabled: False leaves all steps to the plain loop.
+        anywhere: Run without a GPU too, unrecorded: for tests.
+    """
+
+    def __init__(self) -> None:
+        self.enabled, self.anywhere = True, False
+        self._lock = threading.Lock()  # several threads may encode, and share the buffers
+        self._steps: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
+        self._stamp: tuple[Any, ...] = ()
+        self._pool: Any = None
+        self._storage: dict[bool, Tensor] = {}  # of keys and values, and of their gradients
+        self._turn = _Turn()
+
+    def __reduce__(self) -> tuple[type[StepGraphs], tuple[()]]:
+        return StepGraphs, ()
+
+    def serve(self, decoder: Decoder, state: Tensor, num_steps: int) -> bool:
+        """Whether steps of this decoder are replayed.
+
+        Args:
+            decoder: The backbone, taken apart.
+            state: h_0, (B, d).
+            num_steps: K of all rows.
+        """
+        transformer = decoder.transformer
+        return (
+            self.enabled
+            and num_steps >= FEWEST_STEPS
+            and (state.is_cuda or self.anywhere)
+            and decoder.window is None
+            and getattr(transformer.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
+            and not (transformer.training and any(_drops(module) for module in transformer.modules()))
+            and not torch.is_autocast_enabled(state.device.type)
+        )
+
+    def write(
+        self,
+        decoder: Decoder,
+        state: Tensor,
+        mask: Tensor,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        *,
+        num_steps: int,
+        temperature: float,
+    ) -> list[Tensor]:
+        """The states of K soft tokens. Differentiable; the backward pass of one call must come before the next call.
+
+        Args:
+            decoder: The backbone, taken apart.
+            state: h_0, (B, d).
+            mask: (B, N), 1 for tokens and 0 for padding on the left.
+            cache: Keys and values of every layer, (B, heads, N, head_dim) each.
+            num_steps: K.
+            temperature: Of the soft tokens.
+
+        Returns:
+            K tensors, (B, d).
+        """
+        trained = torch.is_grad_enabled()
+        rows, length = mask.shape
+        capacity = -(-(length + num_steps) // _POSITIONS) * _POSITIONS
+        tensors = [tensor for pair in cache for tensor in pair]
+        states: list[Any] = [state]
+        with self._lock:
+            size = rows if trained else -(-rows // _ROWS) * _ROWS, capacity
+            steps = self._of_size(decoder, size, cache, state, temperature, trained)
+            steps.begin(mask)
+            if trained:
+                states = [_Enter.apply(steps, state, *tensors, *steps.parameters)]
+            else:
+                steps.fill(tensors)
+            for place in range(length, length + num_steps):
+                last = states[-1]
+                states.append(_Step.apply(last, steps, place) if trained else steps.forward(last, place))
+        return states[1:]
+
+    def _of_size(
+        self,
+        decoder: Decoder,
+        size: tuple[int, int],
+        cache: Sequence[tuple[Tensor, Tensor]],
+        state: Tensor,
+        temperature: float,
+        trained: bool,
+    ) -> _Steps:
+        if (stamp := _stamp(decoder)) != self._stamp:  # other weights, or weights in other places
+            self._steps.clear()
+            self._stamp = stamp
+        key = (*size, state.dtype, state.device, cache[0][0].dtype, temperature, trained)
+        if key not in self._steps:
+            if state.is_cuda and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
+            while len(self._steps) >= _MOST_SIZES:
+                self._steps.popitem(last=False)
+            buffers = [self._buffers(cache, size, of_gradients) for of_gradients in (False, True)[: 1 + trained]]
+            self._steps[key] = _Steps(decoder, size, buffers, state, temperature, trained, self._turn, self._pool)
+        self._steps.move_to_end(key)
+        return self._steps[key]
+
+    def _buffers(
+        self, cache: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int], of_gradients: bool
+    ) -> list[Tensor]:
+        """Zeros for keys and values of all layers; all sizes share one piece of memory, as one is used at a time."""
+        rows, positions = size
+        tensors = [tensor for pair in cache for tensor in pair]
+        shapes = [(rows, tensor.shape[1], positions, tensor.shape[3]) for tensor in tensors]
+        needed = sum(math.prod(shape) for shape in shapes)
+        storage = self._storage.get(of_gradients)
+        like = tensors[0]
+        if storage is None or storage.numel() < needed or (storage.dtype, storage.device) != (like.dtype, like.device):
+            self._steps.clear()  # they were recorded over memory that goes
+            self._storage.pop(of_gradients, None)
+            with torch.inference_mode(mode=False):
+                storage = self._storage[of_gradients] = torch.zeros(needed, dtype=like.dtype, device=like.device)
+        parts = storage[:needed].zero_().split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.p > 0
+
+
+def _stamp(decoder: Decoder) -> tuple[Any, ...]:
+    """What recorded operations depend on: where the weights lie, and which way their layers compute."""
+    modules = [*decoder.transformer.modules(), decoder.vocabulary.head]
+    ways = [
+        (vars(module).get("forward"), getattr(module, "merged", None), getattr(module, "disable_adapters", None))
+        for module in modules
+    ]
+    places = [weight.data_ptr() for weight in _weights(decoder)]
+    trained = [weight.requires_grad for weight in _weights(decoder)]
+    return ways, places, trained, decoder.transformer.training
+
+
+def _weights(decoder: Decoder) -> list[nn.Parameter]:
+    """Of layers, head and table, each once."""
+    found = [*decoder.transformer.parameters(), *decoder.vocabulary.head.parameters()]
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class _Turn:
+    """Number of the call whose keys and values the buffers hold, of whatever size."""
+
+    number: int = 0
+
+
+class _StaticLayer(DynamicLayer):
+    """Keys and values of one layer over all positions of the buffers, of which the mask shows some."""
+
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor, *, in_place: bool) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+        self._place, self._in_place = place, in_place
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put the new position in its place."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.new = key_states.to(self.dtype), value_states.to(self.dtype)
+        if self._in_place:
+            self.keys.index_copy_(2, self._place, self.new[0])
+            self.values.index_copy_(2, self._place, self.new[1])
+            return self.keys, self.values
+        return self.keys.index_copy(2, self._place, self.new[0]), self.values.index_copy(2, self._place, self.new[1])
+
+
+class _Steps:
+    """Buffers of one size, and the recorded step over them.
+
+    `hidden`, `place` and, backward, `out_grad` go in; `out`, and `hidden_grad` come out. Gradients of keys, values and
+    parameters add up in their buffers from the last step to the first.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        size: tuple[int, int],
+        buffers: list[list[Tensor]],
+        state: Tensor,
+        temperature: float,
+        trained: bool,
+        turn: _Turn,
+        pool: Any,
+    ) -> None:
+        rows, capacity = size
+        self.decoder, self.temperature = decoder, temperature
+        self.parameters = [weight for weight in _weights(decoder) if weight.requires_grad] if trained else []
+        self.turn = turn
+        device = state.device
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self.hidden, self.out, self.out_grad, self.hidden_grad = (
+                state.new_zeros(rows, state.shape[1]) for _ in range(4)
+            )
+            self.cache, self.cache_grads = buffers[0], buffers[1] if trained else []
+            self.parameter_grads = [torch.zeros_like(weight) for weight in self.parameters]
+            self.place = torch.zeros(1, dtype=torch.long, device=device)  # column of the step
+            self.columns = torch.arange(capacity, device=device)
+            self.seen = torch.ones(rows, capacity, dtype=torch.bool, device=device)  # columns that are no padding
+            self.padding = torch.zeros(rows, 1, dtype=torch.long, device=device)  # how many are
+            self._replay_forward = _recorded(self._forward, device, pool)
+            self._replay_backward = _recorded(self._backward, device, pool) if trained else None
+
+    def begin(self, mask: Tensor) -> None:
+        """A new batch of prompts, (B, N) of 0 and 1."""
+        self.turn.number += 1
+        rows, length = mask.shape
+        self.seen[:rows, :length] = mask != 0
+        self.seen[:, length:] = True
+        self.padding[:rows] = length - mask.sum(dim=1, keepdim=True)
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """The prompts' keys and values."""
+        rows, _, length, _ = tensors[0].shape
+        torch._foreach_copy_([buffer[:rows, :, :length] for buffer in self.cache], list(tensors))
+
+    def forward(self, hidden: Tensor, place: int) -> Tensor:
+        """From h_{k-1}, (B, d), to h_k, whose token stands in column `place`; its keys and values are kept."""
+        rows = len(hidden)
+        self.hidden[:rows] = hidden
+        self.place.fill_(place)
+        self._replay_forward()
+        return self.out[:rows].clone()
+
+    def backward(self, hidden: Tensor, place: int, grad: Tensor) -> Tensor:
+        """From the gradient of h_k to that of h_{k-1}."""
+        assert self._replay_backward is not None, "these steps were made without gradients"
+        self.hidden.copy_(hidden)
+        self.place.fill_(place)
+        self.out_grad.copy_(grad)
+        self._replay_backward()
+        return self.hidden_grad.clone()
+
+    def _run(self, hidden: Tensor, layers: list[_StaticLayer]) -> Tensor:
+        cache = DynamicCache()
+        cache.layers.extend(layers)
+        token = self.decoder.vocabulary.soft_token(hidden, self.temperature)  # (B, d)
+        mask = self.seen & (self.columns <= self.place)  # (B, positions)
+        out = self.decoder.transformer(
+            inputs_embeds=token.unsqueeze(1),
+            attention_mask=mask[:, None, None, :],
+            position_ids=self.place - self.padding,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        pairs = zip(self.cache[::2], self.cache[1::2], strict=True)
+        layers = [_StaticLayer(keys, values, self.place, in_place=True) for keys, values in pairs]
+        self.out.copy_(self._run(self.hidden, layers))
+
+    def _backward(self) -> None:
+        with torch.enable_grad():
+            hidden = self.hidden.detach().requires_grad_()
+            cache = [tensor.detach().requires_grad_() for tensor in self.cache]
+            pairs = zip(cache[::2], cache[1::2], strict=True)
+            layers = [_StaticLayer(keys, values, self.place, in_place=False) for keys, values in pairs]
+            state = self._run(hidden, layers)
+            new = [tensor for layer in layers if layer.new is not None for tensor in layer.new]
+        with torch.no_grad():
+            from_later = [gradient.index_select(2, self.place) for gradient in self.cache_grads]
+            grads = torch.autograd.grad(
+                [state, *new],
+                [hidden, *cache, *self.parameters],
+                [self.out_grad, *from_later],
+                allow_unused=True,
+            )
+            self.hidden_grad.copy_(grads[0])
+            totals = [*self.cache_grads, *self.parameter_grads]
+            found = [(total, grad) for total, grad in zip(totals, grads[1:], strict=True) if grad is not None]
+            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
+
+
+def _recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """The work as a CUDA graph; without a GPU as it is."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()  # what libraries prepare at their first call cannot be recorded
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may pin memory for batches to come meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+class _Enter(torch.autograd.Function):
+    """The prompts' keys and values go into the buffers; backward, what the steps have added up comes out."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: _Steps, state: Tensor, *tensors: Tensor) -> Tensor:
+        cache = tensors[: len(steps.cache)]
+        steps.fill(cache)
+        for total in (steps.cache_grads, steps.parameter_grads):
+            if total:
+                torch._foreach_zero_(total)
+        ctx.steps, ctx.turn, ctx.length = steps, steps.turn.number, cache[0].shape[2]
+        return state.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _check_turn(ctx)
+        # The buffers themselves: autograd changes no gradient that somebody else holds.
+        cache = [total[:, :, : ctx.length] for total in ctx.steps.cache_grads]
+        return None, gradients[0], *cache, *ctx.steps.parameter_grads
+
+
+class _Step(torch.autograd.Function):
+    """One soft token. A step's backward pass comes after the next one's, which its result feeds."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, steps: _Steps, place: int) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.steps, ctx.turn, ctx.place = steps, steps.turn.number, place
+        return steps.forward(hidden, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _check_turn(ctx)
+        return ctx.steps.backward(*ctx.saved_tensors, ctx.place, gradients[0]), None, None
+
+
+def _check_turn(ctx: Any) -> None:
+    if ctx.turn != ctx.steps.turn.number:
+        raise RuntimeError(
+            "another batch has been embedded before this one's backward pass; run backward after every forward pass, "
+            "or switch the recorded steps off (model.encoder.step_graphs.enabled = False)"
+        )

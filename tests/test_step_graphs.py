@@ -1,0 +1,153 @@
+"""Steps over buffers that a GPU replays give the states and gradients of the plain loop; run one by one here."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from gircse.cached_loss import CachedICRLoss
+from gircse.decoders import Decoder
+from gircse.losses import ICRLoss
+from gircse.model import GIRCSE
+from gircse.refiner import refine
+from gircse.step_graphs import StepGraphs
+from gircse.train.fused_lora import fused_lora
+from tests.tiny import tiny_model
+
+TEXTS = ["one", "two words", "a longer text of several words", "zz", "Instruct: x\nQuery: y", "Instruct: x\nQuery: zzz"]
+
+
+@pytest.fixture
+def graphs() -> StepGraphs:
+    found = StepGraphs()
+    found.anywhere = True
+    return found
+
+
+def batch(rows: int = 5, length: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(3, 97, (rows, length), generator=generator), torch.ones(rows, length, dtype=torch.long)
+    for row in range(rows):
+        mask[row, : row % 4] = 0
+    return ids, mask
+
+
+def run(
+    model: Any, graphs: StepGraphs | None, *, num_steps: int = 4, temperature: float = 0.8
+) -> tuple[Tensor, list[Any]]:
+    model.zero_grad()
+    states = refine(Decoder.from_model(model), *batch(), num_steps=num_steps, temperature=temperature, graphs=graphs)
+    (states * torch.linspace(0.5, 2.0, states.numel()).view_as(states)).sin().sum().backward()
+    return states.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-tied", "qwen3", "gemma", "granite-multipliers", "gpt2-learned-positions"]
+)
+def test_states_and_gradients_are_those_of_the_plain_loop(family: str, graphs: StepGraphs) -> None:
+    model = tiny_model(family)
+    expected, gradients = run(model, None)
+    for _ in range(2):  # again over the same buffers
+        found, others = run(model, graphs)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for one, other in zip(others, gradients, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
+    assert len(graphs._steps) == 1, "they were used"
+    with torch.inference_mode():
+        states = refine(Decoder.from_model(model), *batch(), num_steps=4, temperature=0.8, graphs=graphs)
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    assert any(key[0] == 64 for key in graphs._steps), "rows are padded"
+
+
+def test_windows_few_steps_and_steps_of_each_row_are_left_to_the_loop(graphs: StepGraphs) -> None:
+    for family, num_steps in (("mistral-sliding", 3), ("llama", 1), ("llama", [1, 2, 3, 2, 2])):
+        decoder = Decoder.from_model(tiny_model(family))
+        expected = refine(decoder, *batch(), num_steps=num_steps)
+        torch.testing.assert_close(refine(decoder, *batch(), num_steps=num_steps, graphs=graphs), expected)
+        assert not graphs._steps, family
+
+
+def lora_model(backbone: Path, dtype: torch.dtype = torch.float32) -> GIRCSE:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    return GIRCSE.from_backbone(str(backbone), num_steps=3, lora=lora, device="cpu", dtype=dtype, max_seq_length=48)
+
+
+@pytest.mark.parametrize("loss_type", [ICRLoss, CachedICRLoss])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_over_buffers_goes_the_same_way(backbone: Path, loss_type: Any, dtype: torch.dtype) -> None:
+    """Three optimiser steps: recorded steps read adapters where they are rounded anew after each."""
+    found = []
+    for recorded in (False, True):
+        model = lora_model(backbone, dtype).train()
+        model.encoder.step_graphs.anywhere = recorded
+        trained = [p for n, p in model.named_parameters() if "lora_" in n]
+        optimiser = torch.optim.SGD(trained, lr=0.05)
+        loss = loss_type(model, temperature=0.5)
+        losses = []
+        with fused_lora(model):
+            for _ in range(3):
+                columns = [model.encoder.preprocess(texts) for texts in (TEXTS, TEXTS[::-1])]
+                value = loss(columns)
+                optimiser.zero_grad()
+                value.backward()
+                optimiser.step()
+                losses.append(float(value.detach()))
+        assert bool(model.encoder.step_graphs._steps) == recorded
+        found.append(torch.tensor(losses))
+    assert found[0][0] != found[0][2]
+    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
+
+
+def test_encode_pads_rows_and_notices_new_weights(backbone: Path) -> None:
+    model = lora_model(backbone)
+    expected = torch.tensor(model.encode(TEXTS))
+    model.encoder.step_graphs.anywhere = True
+    torch.testing.assert_close(torch.tensor(model.encode(TEXTS)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(model.encode(TEXTS[:2])), expected[:2], rtol=1e-4, atol=1e-4)
+    for fold in (False, True):
+        model.encoder.fold_adapter = fold
+        torch.testing.assert_close(torch.tensor(model.encode(TEXTS)), expected, rtol=1e-3, atol=1e-3)
+    other = copy.deepcopy(model)
+    assert not other.encoder.step_graphs._steps
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    other.encoder.step_graphs.anywhere = True
+    changed = torch.tensor(other.encode(TEXTS))
+    other.encoder.step_graphs.enabled = False
+    torch.testing.assert_close(changed, torch.tensor(other.encode(TEXTS)), rtol=1e-3, atol=1e-3)
+    assert not pickle.loads(pickle.dumps(model.encoder.step_graphs))._steps
+
+
+def test_a_second_batch_before_the_first_ones_backward_is_refused(graphs: StepGraphs) -> None:
+    decoder = Decoder.from_model(tiny_model("llama"))
+    for rows in (5, 4):  # of another size too: they share their memory
+        first = refine(decoder, *batch(5), num_steps=3, graphs=graphs)
+        refine(decoder, *batch(rows), num_steps=3, graphs=graphs)
+        with pytest.raises(RuntimeError, match="run backward after every forward pass"):
+            first.sum().backward()
+
+
+def test_sizes_share_their_memory(backbone: Path) -> None:
+    model = lora_model(backbone).train()
+    model.encoder.step_graphs.anywhere = True
+    plain = copy.deepcopy(model)
+    for count in (2, 6, 3, 2):
+        found, expected = (each(each.encoder.preprocess(TEXTS[:count]))["step_embeddings"] for each in (model, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found.sum().backward()
+    graphs = model.encoder.step_graphs
+    assert len(graphs._steps) == 3, "of 6, 3 and 2 rows; the first of 2 went when the memory grew"
+    places = {tensor.untyped_storage().data_ptr() for steps in graphs._steps.values() for tensor in steps.cache}
+    assert len(places) == 1
