@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -212,6 +213,30 @@ class _StaticLayer(DynamicLayer):
         return self.keys.index_copy(2, self._place, self.new[0]), self.values.index_copy(2, self._place, self.new[1])
 
 
+class _Parts(nn.Module):
+    """What a step computes, with all weights that it takes."""
+
+    def __init__(self, decoder: Decoder, temperature: float) -> None:
+        super().__init__()
+        self.transformer, self.head = decoder.transformer, decoder.vocabulary.head
+        self.vocabulary, self.temperature = decoder.vocabulary, temperature
+        self.train(decoder.transformer.training)
+
+    def forward(self, hidden: Tensor, layers: list[_StaticLayer], mask: Tensor, positions: Tensor) -> Tensor:
+        """From h_{k-1}, (B, d), to h_k."""
+        cache = DynamicCache()
+        cache.layers.extend(layers)
+        token = self.vocabulary.soft_token(hidden, self.temperature)  # (B, d)
+        out = self.transformer(
+            inputs_embeds=token.unsqueeze(1),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+
 class _Steps:
     """Buffers of one size, and the recorded step over them.
 
@@ -231,8 +256,9 @@ class _Steps:
         pool: Any,
     ) -> None:
         rows, capacity = size
-        self.decoder, self.temperature = decoder, temperature
-        self.parameters = [weight for weight in _weights(decoder) if weight.requires_grad] if trained else []
+        self.parts = _Parts(decoder, temperature)
+        trainable = {name: weight for name, weight in self.parts.named_parameters() if weight.requires_grad and trained}
+        self.names, self.parameters = list(trainable), list(trainable.values())
         self.turn = turn
         device = state.device
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -278,39 +304,31 @@ class _Steps:
         self._replay_backward()
         return self.hidden_grad.clone()
 
-    def _run(self, hidden: Tensor, layers: list[_StaticLayer]) -> Tensor:
-        cache = DynamicCache()
-        cache.layers.extend(layers)
-        token = self.decoder.vocabulary.soft_token(hidden, self.temperature)  # (B, d)
+    def _inputs(self, hidden: Tensor, cache: list[Tensor], *, in_place: bool) -> tuple[Any, ...]:
+        """Of `_Parts`, for the step in `place`."""
+        pairs = zip(cache[::2], cache[1::2], strict=True)
+        layers = [_StaticLayer(keys, values, self.place, in_place=in_place) for keys, values in pairs]
         mask = self.seen & (self.columns <= self.place)  # (B, positions)
-        out = self.decoder.transformer(
-            inputs_embeds=token.unsqueeze(1),
-            attention_mask=mask[:, None, None, :],
-            position_ids=self.place - self.padding,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1]
+        return hidden, layers, mask[:, None, None, :], self.place - self.padding
 
     @torch.no_grad()
     def _forward(self) -> None:
-        pairs = zip(self.cache[::2], self.cache[1::2], strict=True)
-        layers = [_StaticLayer(keys, values, self.place, in_place=True) for keys, values in pairs]
-        self.out.copy_(self._run(self.hidden, layers))
+        self.out.copy_(self.parts(*self._inputs(self.hidden, self.cache, in_place=True)))
 
     def _backward(self) -> None:
         with torch.enable_grad():
             hidden = self.hidden.detach().requires_grad_()
             cache = [tensor.detach().requires_grad_() for tensor in self.cache]
-            pairs = zip(cache[::2], cache[1::2], strict=True)
-            layers = [_StaticLayer(keys, values, self.place, in_place=False) for keys, values in pairs]
-            state = self._run(hidden, layers)
-            new = [tensor for layer in layers if layer.new is not None for tensor in layer.new]
+            # Other names of the same weights: autograd would have their own gradients wait for the prompts' stream.
+            weights = [weight.detach().requires_grad_() for weight in self.parameters]
+            inputs = self._inputs(hidden, cache, in_place=False)
+            state = functional_call(self.parts, dict(zip(self.names, weights, strict=True)), inputs)
+            new = [tensor for layer in inputs[1] for tensor in layer.new]
         with torch.no_grad():
             from_later = [gradient.index_select(2, self.place) for gradient in self.cache_grads]
             grads = torch.autograd.grad(
                 [state, *new],
-                [hidden, *cache, *self.parameters],
+                [hidden, *cache, *weights],
                 [self.out_grad, *from_later],
                 allow_unused=True,
             )
