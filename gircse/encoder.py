@@ -39,7 +39,7 @@ PROMPT_PASS_TOKENS = 1024
 """Padded tokens of one prompt pass on a CPU. A batch above it is run in groups of similar length, so padding costs
 little."""
 
-GPU_PROMPT_PASS_TOKENS = 32_768
+GPU_PROMPT_PASS_TOKENS = 49_152
 """The same on a GPU, which launches a pass in the time that it computes thousands of tokens."""
 
 

@@ -35,7 +35,7 @@ class PromptGroup:
 
 
 def plan_prompts(
-    input_ids: Tensor, attention_mask: Tensor, tokens: int | None, *, share_prefix: bool = True
+    input_ids: Tensor, attention_mask: Tensor, tokens: int | None, *, share_prefix: bool = True, worth: int = 0
 ) -> list[PromptGroup]:
     """Lay out a batch.
 
@@ -45,6 +45,7 @@ def plan_prompts(
         tokens: Padded tokens of a group; None makes one group of all rows in their order, without a prefix.
         share_prefix: Whether rows may share a prefix. It stands apart from the rest of a short row by that row's
             padding, which a decoder with a sliding window shorter than the row would count.
+        worth: Fewest tokens that sharing must save, as it takes a pass more.
 
     Returns:
         Groups that hold every row exactly once.
@@ -56,6 +57,8 @@ def plan_prompts(
         for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
     ]
     prefix, sharing = shared_prefix(texts) if share_prefix else ((), set())
+    if len(prefix) * len(sharing) < worth:
+        prefix, sharing = (), set()
     groups = []
     for start, rows in ((prefix, sorted(sharing)), ((), [row for row in range(len(texts)) if row not in sharing])):
         for group in group_rows([len(texts[row]) - len(start) for row in rows], tokens):

@@ -33,6 +33,9 @@ Attention = Literal["causal", "bidirectional"]
 
 ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
+GPU_WORTH_SHARING = 32_768
+"""Tokens that a GPU computes in about the time that it takes to launch one more pass (docs/experiments.md)."""
+
 
 def refine(
     decoder: Decoder,
@@ -72,7 +75,8 @@ def refine(
     num_steps = max(own_steps)
     _check(decoder, attention_mask, own_steps, temperature)
     fits = decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window
-    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits)
+    worth = 0 if input_ids.device.type == "cpu" else GPU_WORTH_SHARING
+    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits, worth=worth)
     order = [row for prompt in prompts for row in prompt.rows]
     prefixes: dict[tuple[int, ...], DynamicCache] = {}
     caches = [_start_cache(decoder, prompt, prefixes) for prompt in prompts]

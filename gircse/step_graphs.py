@@ -28,7 +28,7 @@ from gircse.attention import ATTENTION
 from gircse.decoders import Decoder
 
 FEWEST_STEPS = 2
-"""Fewer are written without graphs."""
+"""Fewer are written without graphs at inference, where batches have many sizes and recording takes as long as two."""
 
 _POSITIONS = 32
 """Positions of the buffers are a multiple of this, so that prompts of similar length share a graph."""
@@ -71,7 +71,7 @@ class StepGraphs:
         transformer = decoder.transformer
         return (
             self.enabled
-            and num_steps >= FEWEST_STEPS
+            and (num_steps >= FEWEST_STEPS or torch.is_grad_enabled())
             and (state.is_cuda or self.anywhere)
             and decoder.window is None
             and getattr(transformer.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
