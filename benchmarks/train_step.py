@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops
 
 VARIANTS = ("encoder-only", "ICR", "ICR with peft's LoRA", "dynamic cache", "recompute")
+FUSED = VARIANTS[:2]
 Step = Callable[[], None]
 
 
@@ -71,16 +73,11 @@ def make_step(variant: str, model: GIRCSE, batch: list[dict[str, Tensor]], num_s
     loss = ICRLoss(model)
     allowed = loss.allowed_candidates(batch)
     ids = torch.cat([column["input_ids"] for column in batch])
-    packed = PackedWeights()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        if variant in ("encoder-only", "ICR"):
-            model.num_steps = num_steps if variant == "ICR" else 0
-            with fused_lora(model, packed):
-                loss(batch).backward()
-        elif variant == "ICR with peft's LoRA":
-            model.num_steps = num_steps
+        if variant in (*FUSED, "ICR with peft's LoRA"):
+            model.num_steps = 0 if variant == "encoder-only" else num_steps
             loss(batch).backward()
         else:
             states = (recompute if variant == "recompute" else dynamic_cache)(model, ids, num_steps)
@@ -132,7 +129,8 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     """In a process of its own: one step, and how far it raised the peak."""
     model = load(arguments.backbone, arguments.dtype, arguments.device)
     batch = make_batch(model, arguments.rows, arguments.tokens[0])
-    print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0]), arguments.device))
+    with fused_lora(model) if arguments.memory_of in FUSED else nullcontext():
+        print(peak_rise(make_step(arguments.memory_of, model, batch, arguments.steps[0]), arguments.device))
 
 
 def measure_peak(variant: str, arguments: argparse.Namespace, tokens: int, num_steps: int) -> float | None:
@@ -178,7 +176,8 @@ def main() -> None:
     if arguments.memory_of:
         peak_of_one(arguments)
         return
-    model = load(arguments.backbone, arguments.dtype, arguments.device)
+    model, fused = (load(arguments.backbone, arguments.dtype, arguments.device) for _ in range(2))
+    packed = PackedWeights()
     vocabulary = model.encoder.decoder.vocabulary.embedding.weight.numel()
     linears = [m for m in model.encoder.decoder.transformer.modules() if type(m) is torch.nn.Linear]
     layers = sum(m.weight.numel() for m in linears if 16 not in m.weight.shape)
@@ -198,8 +197,10 @@ def main() -> None:
             if not arguments.no_memory:
                 peaks = {variant: measure_peak(variant, arguments, tokens, num_steps) for variant in peaks}
             fitting = [name for name, peak in peaks.items() if peak is not None or arguments.no_memory]
-            steps = {variant: make_step(variant, model, batch, num_steps) for variant in fitting}
-            seconds = time_steps(steps, arguments.repeats)
+            models = {variant: fused if variant in FUSED else model for variant in fitting}
+            steps = {variant: make_step(variant, models[variant], batch, num_steps) for variant in fitting}
+            with fused_lora(fused, packed):
+                seconds = time_steps(steps, arguments.repeats)
             for variant, value in seconds.items():
                 k = 0 if variant == "encoder-only" else num_steps
                 floor = 2 * arguments.rows * step_flops(tokens, k, layers, vocabulary, frozen=True) / rate

@@ -10,6 +10,7 @@ elsewhere the same operations can be run one by one, which is how tests compare 
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 from collections import OrderedDict
@@ -33,8 +34,11 @@ FEWEST_STEPS = 2
 _POSITIONS = 32
 """Positions of the buffers are a multiple of this, so that prompts of similar length share a graph."""
 
-_ROWS = 64
-"""At inference so are rows."""
+_ROWS = (64, 256)
+"""At inference so are rows, of fewer than 512 and of more."""
+
+_GROWTH = 1.5
+"""How much more memory is taken than a size asks for: the next sizes are often a little larger."""
 
 _MOST_SIZES = 24
 """Graphs of so many sizes are kept, those used last."""
@@ -108,7 +112,8 @@ class StepGraphs:
         tensors = [tensor for pair in cache for tensor in pair]
         states: list[Any] = [state]
         with self._lock:
-            size = rows if trained else -(-rows // _ROWS) * _ROWS, capacity
+            unit = 1 if trained else _ROWS[rows >= 2 * _ROWS[1]]
+            size = -(-rows // unit) * unit, capacity
             steps = self._of_size(decoder, size, cache, state, temperature, trained)
             steps.begin(mask)
             if trained:
@@ -130,18 +135,22 @@ class StepGraphs:
         trained: bool,
     ) -> _Steps:
         if (stamp := _stamp(decoder)) != self._stamp:  # other weights, or weights in other places
-            self._steps.clear()
+            self._forget()
             self._stamp = stamp
         key = (*size, state.dtype, state.device, cache[0][0].dtype, temperature, trained)
         if key not in self._steps:
-            if state.is_cuda and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
             while len(self._steps) >= _MOST_SIZES:
                 self._steps.popitem(last=False)
             buffers = [self._buffers(cache, size, of_gradients) for of_gradients in (False, True)[: 1 + trained]]
+            if state.is_cuda and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
             self._steps[key] = _Steps(decoder, size, buffers, state, temperature, trained, self._turn, self._pool)
         self._steps.move_to_end(key)
         return self._steps[key]
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._pool = None  # a pool ends with its last graph
 
     def _buffers(
         self, cache: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int], of_gradients: bool
@@ -154,10 +163,11 @@ class StepGraphs:
         storage = self._storage.get(of_gradients)
         like = tensors[0]
         if storage is None or storage.numel() < needed or (storage.dtype, storage.device) != (like.dtype, like.device):
-            self._steps.clear()  # they were recorded over memory that goes
+            self._forget()  # they were recorded over memory that goes
             self._storage.pop(of_gradients, None)
+            taken = int(_GROWTH * needed)
             with torch.inference_mode(mode=False):
-                storage = self._storage[of_gradients] = torch.zeros(needed, dtype=like.dtype, device=like.device)
+                storage = self._storage[of_gradients] = torch.zeros(taken, dtype=like.dtype, device=like.device)
         parts = storage[:needed].zero_().split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -348,9 +358,16 @@ def _recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Call
         work()  # what libraries prepare at their first call cannot be recorded
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may pin memory for batches to come meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        work()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # an older graph that is destroyed while another is recorded spoils it
+    try:
+        # Other threads may pin memory for batches to come meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+    finally:
+        if collecting:
+            gc.enable()
     return graph.replay
 
 

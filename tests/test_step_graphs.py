@@ -144,11 +144,11 @@ def test_sizes_share_their_memory(backbone: Path) -> None:
     model = lora_model(backbone).train()
     model.encoder.step_graphs.anywhere = True
     plain = copy.deepcopy(model)
-    for count in (2, 6, 3, 2):
+    for count in (2, 6, 3, 2, 4):
         found, expected = (each(each.encoder.preprocess(TEXTS[:count]))["step_embeddings"] for each in (model, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         found.sum().backward()
     graphs = model.encoder.step_graphs
-    assert len(graphs._steps) == 3, "of 6, 3 and 2 rows; the first of 2 went when the memory grew"
+    assert len(graphs._steps) == 4, "of 6, 3, 2 and 4 rows; the first of 2 went when the memory grew"
     places = {tensor.untyped_storage().data_ptr() for steps in graphs._steps.values() for tensor in steps.cache}
     assert len(places) == 1
