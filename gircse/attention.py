@@ -1,8 +1,9 @@
-"""Attention in float32 under bfloat16 weights, on processors that compute it faster.
+"""Attention as this project's models compute it: transformers' ``sdpa`` with two changes.
 
 Knows transformers' attention functions; knows nothing of models or texts. On a CPU PyTorch computes attention of
 bfloat16 by small products that only AMX makes fast: without it, forward takes twice and backward five times as long as
-in float32 (docs/experiments.md).
+in float32, so it is computed in float32 there. On a GPU padding sees something: of rows that see nothing cuDNN's backward
+pass makes gradients that are no numbers where a prompt has 64 tokens (pytorch/pytorch#196678).
 """
 
 from __future__ import annotations
@@ -61,6 +62,27 @@ def sdpa_float32_on_cpu(
     return out.to(query.dtype), weights
 
 
+def visible_mask(*args: Any, **options: Any) -> Tensor | None:
+    """Transformers' mask for ``sdpa``; on a GPU one in which padding sees all positions, instead of none.
+
+    What padding computes is read by nobody: its keys stay hidden from tokens.
+
+    Args:
+        *args: As for ``sdpa_mask``.
+        **options: As for ``sdpa_mask``.
+
+    Returns:
+        (B, 1, N, M) of booleans, True where a token sees a position; None where a causal mask is all there is.
+    """
+    mask = sdpa_mask(*args, **options)
+    return show_something(mask) if isinstance(mask, Tensor) and mask.is_cuda else mask
+
+
+def show_something(mask: Tensor) -> Tensor:
+    """A mask of booleans, (..., N, M), whose rows without a single True become True throughout."""
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
 def _is_faster_in_float32(states: Tensor) -> bool:
     return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not _has_amx()
 
@@ -71,4 +93,4 @@ def _has_amx() -> bool:
 
 
 AttentionInterface.register(ATTENTION, sdpa_float32_on_cpu)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, visible_mask)

@@ -1,8 +1,9 @@
-"""Attention in float32 under bfloat16: the same numbers, where the processor has no AMX."""
+"""Attention in float32 without AMX, and padding that sees something: the same numbers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +57,33 @@ def test_another_attention_stays_what_was_asked_for(backbone: Path) -> None:
     eager = load(backbone, attn_implementation="eager")
     assert eager.encoder.backbone.config._attn_implementation == "eager"
     assert eager.encode(TEXTS).shape == (3, eager.get_embedding_dimension())
+
+
+def test_padding_that_sees_something_changes_no_token(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where rows that see nothing have made gradients that are no numbers."""
+    mask = torch.tensor([[[[False, False], [False, True]], [[True, False], [True, True]]]])
+    assert attention_module.show_something(mask).tolist() == [
+        [[[True, True], [False, True]], [[True, False], [True, True]]]
+    ]
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu")
+    expected, gradients = [], []
+    original, shown = attention_module.sdpa_mask, []
+
+    def opened(*args: Any, **options: Any) -> Any:
+        mask = original(*args, **options)
+        shown.append(mask is not None and not bool(mask.any(dim=-1).all()))
+        return mask if mask is None else attention_module.show_something(mask)
+
+    for masks in (original, opened):
+        monkeypatch.setattr(attention_module, "sdpa_mask", masks)
+        embeddings = model.encoder.decoder.vocabulary.embedding.weight.requires_grad_()
+        embeddings.grad = None
+        features = model.encoder.preprocess(TEXTS)
+        states = refine(model.encoder.decoder, features["input_ids"], features["attention_mask"], num_steps=3)
+        (states * torch.arange(states.shape[-1])).sum().backward()
+        expected.append(states.detach())
+        assert embeddings.grad is not None
+        gradients.append(embeddings.grad.clone())
+    assert any(shown), "there was padding that saw nothing"
+    torch.testing.assert_close(*expected)
+    torch.testing.assert_close(*gradients)
