@@ -2,8 +2,8 @@
 
 Knows transformers' attention functions; knows nothing of models or texts. On a CPU PyTorch computes attention of
 bfloat16 by small products that only AMX makes fast: without it, forward takes twice and backward five times as long as
-in float32, so it is computed in float32 there. On a GPU padding sees something: of rows that see nothing cuDNN's backward
-pass makes gradients that are no numbers where a prompt has 64 tokens (pytorch/pytorch#196678).
+in float32, so it is computed in float32 there. On a GPU padding sees something: of rows that see nothing cuDNN's
+backward pass makes gradients that are no numbers where a prompt has 64 tokens (pytorch/pytorch#196678).
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ def show_something(mask: Tensor) -> Tensor:
 
 
 def _is_faster_in_float32(states: Tensor) -> bool:
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not _has_amx()
+    return (
+        states.dtype == torch.bfloat16
+        and states.device.type == "cpu"
+        and (torch.is_grad_enabled() or not _has_amx())  # AMX makes the forward pass faster, but not the backward pass
+    )
 
 
 @cache

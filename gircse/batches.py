@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from gircse.errors import UsageError
 
 DEFAULT_BATCH_TOKENS = 4096
-"""Padded tokens (prompt and soft tokens) of one batch on a CPU where a call names no budget."""
-
-GPU_BATCH_TOKENS = 65_536
-"""The same on a GPU."""
-
-
-def default_batch_tokens(device: str) -> int:
-    """The budget of a kind of device: ``cpu``, ``cuda``, ..."""
-    return DEFAULT_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
+"""Padded tokens (prompt and soft tokens) of one batch where nothing else is known; `gircse.hardware` knows more."""
 
 
 def plan_batches(

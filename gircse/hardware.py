@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from gircse.batches import DEFAULT_BATCH_TOKENS
+
 CONTAINER_MEMORY = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -42,6 +44,13 @@ def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
                 return torch.bfloat16, f"this processor has {name}"
         return torch.float32, "this processor has neither AMX nor AVX512-BF16"
     return torch.float32, f"nothing is known of {kind}"
+
+
+def default_batch_tokens(device: str | torch.device) -> int:
+    """Padded tokens of a batch where a call names no budget: more where few rows leave the hardware waiting."""
+    if torch.device(device).type != "cpu":
+        return 65_536
+    return 2 * DEFAULT_BATCH_TOKENS if torch.cpu._is_amx_tile_supported() else DEFAULT_BATCH_TOKENS
 
 
 @cache

@@ -1,7 +1,6 @@
 """GIRCSE, the user's object: a SentenceTransformer whose encoder writes soft tokens.
 
-Knows prompts, batching by token budget and what soft tokens are made of; knows nothing of losses, the command line or
-where weights are fetched from.
+Knows prompts, batches and what soft tokens are made of; knows nothing of losses, files or the command line.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from gircse.batches import default_batch_tokens, plan_batches
+from gircse.batches import plan_batches
 from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
+from gircse.hardware import default_batch_tokens
 from gircse.model_card import GIRCSEModelCardData
 from gircse.refiner import pool_steps, refine
 
@@ -344,10 +344,10 @@ class GIRCSE(SentenceTransformer):
         self.eval()
         device = device or self.device
         steps = self.num_steps if num_steps is None else num_steps
-        unique = {ids: index for index, ids in enumerate(dict.fromkeys(map(tuple, tokenized.ids)))}
-        texts = list(unique)  # a text that occurs twice is embedded once
+        texts = list(dict.fromkeys(map(tuple, tokenized.ids)))  # a text that occurs twice is embedded once
+        unique = {ids: index for index, ids in enumerate(texts)}
         lengths = [len(ids) for ids in texts]
-        batch_tokens = default_batch_tokens(device.type) if batch_tokens is None else batch_tokens
+        batch_tokens = default_batch_tokens(device) if batch_tokens is None else batch_tokens
         batches = plan_batches(lengths, steps, batch_tokens, max_batch)
         if not texts:
             shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}

@@ -295,7 +295,8 @@ class _Steps:
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """The prompts' keys and values."""
         rows, _, length, _ = tensors[0].shape
-        torch._foreach_copy_([buffer[:rows, :, :length] for buffer in self.cache], list(tensors))
+        shown = [buffer[:rows, :, :length] for buffer in self.cache]
+        torch._foreach_copy_(shown, list(tensors))  # type: ignore[attr-defined]  # torch's own lists leave it out
 
     def forward(self, hidden: Tensor, place: int) -> Tensor:
         """From h_{k-1}, (B, d), to h_k, whose token stands in column `place`; its keys and values are kept."""
@@ -345,7 +346,8 @@ class _Steps:
             self.hidden_grad.copy_(grads[0])
             totals = [*self.cache_grads, *self.parameter_grads]
             found = [(total, grad) for total, grad in zip(totals, grads[1:], strict=True) if grad is not None]
-            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
+            into, what = zip(*found, strict=True)
+            torch._foreach_add_(into, what)  # type: ignore[attr-defined]
 
 
 def _recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
@@ -380,7 +382,7 @@ class _Enter(torch.autograd.Function):
         steps.fill(cache)
         for total in (steps.cache_grads, steps.parameter_grads):
             if total:
-                torch._foreach_zero_(total)
+                torch._foreach_zero_(total)  # type: ignore[attr-defined]
         ctx.steps, ctx.turn, ctx.length = steps, steps.turn.number, cache[0].shape[2]
         return state.clone()
 

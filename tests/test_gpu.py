@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_a_folded_adapter_in_bfloat16_keeps_the_vectors(backbone: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_norms_are_the_familys_own(dtype: torch.dtype) -> None:
-    model = tiny_model("llama").to("cuda", dtype)
+    model: Any = tiny_model("llama")
+    model.to("cuda", dtype)
     module = next(module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
     nn.init.normal_(module.weight)  # type: ignore[arg-type]
     results = []

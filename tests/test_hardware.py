@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from gircse import hardware
+from gircse.batches import DEFAULT_BATCH_TOKENS
 from gircse.cli.common import load_model
 from gircse.errors import UsageError
-from gircse.hardware import fastest_dtype, free_memory
+from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory
 
 
 @pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
@@ -31,6 +32,13 @@ def test_a_processor_gets_bfloat16_only_where_it_multiplies_it(
 def test_a_gpu_likewise(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert fastest_dtype("cuda:1")[0] == (torch.bfloat16 if supported else torch.float32)
+
+
+def test_a_batch_is_larger_where_few_rows_leave_the_hardware_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, expected in ((False, DEFAULT_BATCH_TOKENS), (True, 2 * DEFAULT_BATCH_TOKENS)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert default_batch_tokens("cpu") == expected
+        assert default_batch_tokens(torch.device("cuda:1")) > 2 * expected
 
 
 def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:

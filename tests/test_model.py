@@ -285,7 +285,7 @@ def test_batches_keep_their_budget_and_lose_nothing(
     budget=st.integers(1, 300),
     most=st.sampled_from([1, 3, 32]),
     prompt_pass=st.sampled_from([16, 64, 1024]),
-    switches=st.tuples(st.booleans(), st.booleans()),
+    switches=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     pooling=st.sampled_from(["mean", "last", "mean_with_prompt"]),
     data=st.data(),
 )
@@ -297,18 +297,18 @@ def test_any_batching_gives_the_same_vectors(
     budget: int,
     most: int,
     prompt_pass: int,
-    switches: tuple[bool, bool],
+    switches: tuple[bool, bool, bool],
     pooling: str,
     data: st.DataObject,
 ) -> None:
-    """Whatever is folded, packed, grouped or batched together."""
+    """Whatever is folded, packed, replayed, grouped or batched together."""
     model = _shared_model()
     encoder = model.encoder
     encoder.configure(pooling=pooling)
     order = data.draw(st.permutations(range(len(texts))))
-    encoder.fold_adapter = encoder.packed_weights.enabled = False
+    encoder.fold_adapter = encoder.packed_weights.enabled = encoder.step_graphs.anywhere = False
     expected = np.stack([model.encode(text, prompt=prompt, num_steps=num_steps) for text in texts])
-    encoder.fold_adapter, encoder.packed_weights.enabled = switches
+    encoder.fold_adapter, encoder.packed_weights.enabled, encoder.step_graphs.anywhere = switches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gircse.encoder.PROMPT_PASS_TOKENS", prompt_pass)
         got = model.encode(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UsageError
-from gircse.prompts import shared_prefix
+from gircse.prompts import plan_prompts, shared_prefix
 from gircse.refiner import keep_finished, pool_steps, refine
 from gircse.soft_tokens import Vocabulary
 from tests.tiny import FAMILIES, random_batch, tiny_model
@@ -147,3 +147,12 @@ def test_a_head_and_a_table_of_different_lengths_agree_on_what_both_have(head: i
     hidden, common = torch.randn(3, 8), min(head, table)
     weights = torch.softmax(vocabulary.logits(hidden), dim=-1)[:, :common]
     torch.testing.assert_close(vocabulary.soft_token(hidden), weights @ vocabulary.embedding.weight[:common])
+
+
+def test_a_prefix_is_shared_only_where_it_saves_enough() -> None:
+    ids = torch.arange(3, 15).repeat(6, 1)
+    ids[:, 8:] += torch.arange(6).unsqueeze(1)
+    mask = torch.ones_like(ids)
+    assert plan_prompts(ids, mask, 1000)[0].prefix == tuple(range(3, 11))
+    assert plan_prompts(ids, mask, 1000, worth=48)[0].prefix == tuple(range(3, 11)), "6 rows of 8 tokens"
+    assert plan_prompts(ids, mask, 1000, worth=49)[0].prefix == ()

@@ -193,7 +193,7 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
 ) -> None:
     verb = import_module("gircse.cli.train").train
     content = values(folder, backbone)
-    content["training"]["random_steps"] = [1, 3]
+    content["training"] |= {"random_steps": [1, 3], "steps_distribution": "log_uniform"}
     content["loss"] = {"prompt_step": True}
     verb(write(folder, content), num_steps=0, dry_run=True, json_output=True)
     assert json.loads(capsys.readouterr().out)["settings"]["num_steps"] == 0

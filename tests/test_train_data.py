@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,24 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
         load_training_data(load_recipe(write(folder, content)))
     content["data"]["sources"][0]["file"] = "nowhere"
     with pytest.raises(GircseError, match="nowhere is not there"):
+        load_training_data(load_recipe(write(folder, content)))
+
+
+def test_rows_of_a_small_source_are_drawn_again(folder: Path, backbone: Path) -> None:
+    """All of them before any a second time, each time with a negative of its own."""
+    content = values(folder, backbone)
+    source = content["data"]["sources"][0]
+    source |= {"examples": 60, "repeats": 3}
+    data = load_training_data(load_recipe(write(folder, content)))["rows/a"]
+    counts = Counter(data["anchor"])
+    assert len(counts) == 24
+    assert set(counts.values()) == {2, 3}
+    assert len(set(data["anchor"][:24])) == len(set(data["anchor"][24:48])) == 24
+    assert len({(row["anchor"], row["negative_1"]) for row in data}) > 30
+    del source["examples"]
+    assert len(load_training_data(load_recipe(write(folder, content)))["rows/a"]) == 72, "all that it has"
+    source |= {"examples": 60, "repeats": 2}
+    with pytest.raises(GircseError, match=r"24 rows have 1 negatives, the recipe asks for 60; .* raise repeats"):
         load_training_data(load_recipe(write(folder, content)))
 
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from gircse.batches import default_batch_tokens
 from gircse.cli.common import (
     BatchTokensOption,
     DebugOption,
@@ -159,6 +158,7 @@ def embed(
     from gircse.embed.job import EmbedSettings, embed_corpus
     from gircse.embed.reader import CorpusReader
     from gircse.embed.writer import refuse_existing
+    from gircse.hardware import default_batch_tokens
 
     def settings_of(encoder: GIRCSE, environment: dict[str, str | int]) -> EmbedSettings:
         return EmbedSettings(
@@ -170,7 +170,7 @@ def embed(
             dim=dim,
             precision=precision,
             max_length=max_length or encoder.max_seq_length,
-            batch_tokens=batch_tokens or default_batch_tokens(encoder.device.type),
+            batch_tokens=batch_tokens or default_batch_tokens(encoder.device),
             shard_size=shard_size,
             environment=environment,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -103,10 +103,11 @@ class _Rounded:
         if stamp == self._stamp or not weights:
             return
         if any(place != before for (place, _), (before, _) in zip_longest(stamp, self._stamp, fillvalue=(0, 0))):
-            wanted = [layer.get_base_layer().weight.dtype for layer in self._layers for _ in range(2)]
-            made = [torch.empty_like(weight, dtype=dtype) for weight, dtype in zip(weights, wanted, strict=True)]
+            wanted = [cast(Tensor, layer.get_base_layer().weight) for layer in self._layers for _ in range(2)]
+            made = [torch.empty_like(weight, dtype=base.dtype) for weight, base in zip(weights, wanted, strict=True)]
             self._pairs = dict(zip(self._layers, zip(made[::2], made[1::2], strict=True), strict=True))
-        torch._foreach_copy_([rounded for pair in self._pairs.values() for rounded in pair], weights)
+        kept = [rounded for pair in self._pairs.values() for rounded in pair]
+        torch._foreach_copy_(kept, weights)  # type: ignore[attr-defined]  # torch's own lists leave it out
         self._stamp = stamp
 
     def end(self, *_: Any) -> None:
@@ -123,7 +124,7 @@ class _Rounded:
 def _adapter(layer: Linear) -> tuple[Tensor, Tensor]:
     """A, (r, in), and B, (out, r), of a layer's only adapter."""
     name = layer.active_adapters[0]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+    return cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
 
 
 @contextmanager
