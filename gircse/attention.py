@@ -34,7 +34,7 @@ def attention_dtype(transformer: nn.Module, states: Tensor) -> torch.dtype:
         states: Hidden states, with the dtype and the device of the keys.
     """
     implementation = getattr(transformer.config, "_attn_implementation", None)
-    wide = implementation == ATTENTION and _is_faster_in_float32(states)
+    wide = implementation == ATTENTION and _is_faster_in_float32(states, transformer)
     return torch.float32 if wide else states.dtype
 
 
@@ -54,7 +54,7 @@ def sdpa_float32_on_cpu(
     Returns:
         (B, N, heads, d_head) in the dtype of the query, and None for the weights.
     """
-    if not _is_faster_in_float32(query):
+    if not _is_faster_in_float32(query, module):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
@@ -83,12 +83,9 @@ def show_something(mask: Tensor) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def _is_faster_in_float32(states: Tensor) -> bool:
-    return (
-        states.dtype == torch.bfloat16
-        and states.device.type == "cpu"
-        and (torch.is_grad_enabled() or not _has_amx())  # AMX makes the forward pass faster, but not the backward pass
-    )
+def _is_faster_in_float32(states: Tensor, module: nn.Module) -> bool:
+    # AMX makes the forward pass faster, but not the backward pass of training (docs/experiments.md).
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and (module.training or not _has_amx())
 
 
 @cache

@@ -86,14 +86,14 @@ def refine(
 
     longest = max(prompt.mask.shape[1] for prompt in prompts)
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
-    replayed = graphs is not None and min(own_steps) == num_steps and graphs.serve(decoder, first, num_steps)
-    room = 0 if replayed else num_steps
-    cache = join_caches(caches, longest, room=room, dtype=attention_dtype(decoder.transformer, first))
-    if replayed:
-        assert graphs is not None
-        pairs = cache_tensors(cache)
-        written = graphs.write(decoder, first, mask, pairs, num_steps=num_steps, temperature=temperature)
-        return _restore(torch.stack([first, *written], dim=1), order)
+    dtype = attention_dtype(decoder.transformer, first)
+    if graphs is not None and min(own_steps) == num_steps:
+        own = {"length": longest, "num_steps": num_steps, "temperature": temperature}
+        if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
+            cache = join_caches(caches, longest, room=0, dtype=dtype)
+            written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps)
+            return _restore(torch.stack([first, *written], dim=1), order)
+    cache = join_caches(caches, longest, room=num_steps, dtype=dtype)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
         by_steps = sorted(range(len(order)), key=lambda place: -own_steps[order[place]])
         order, places = [order[place] for place in by_steps], torch.tensor(by_steps, device=first.device)

@@ -11,6 +11,7 @@ elsewhere the same operations can be run one by one, which is how tests compare 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -27,6 +28,8 @@ from transformers.cache_utils import DynamicLayer
 
 from gircse.attention import ATTENTION
 from gircse.decoders import Decoder
+
+logger = logging.getLogger(__name__)
 
 FEWEST_STEPS = 2
 """Fewer are written without graphs at inference, where batches have many sizes and recording takes as long as two."""
@@ -55,7 +58,7 @@ class StepGraphs:
     def __init__(self) -> None:
         self.enabled, self.anywhere = True, False
         self._lock = threading.Lock()  # several threads may encode, and share the buffers
-        self._steps: OrderedDict[tuple[Any, ...], _Steps] = OrderedDict()
+        self._steps: OrderedDict[tuple[Any, ...], Steps] = OrderedDict()
         self._stamp: tuple[Any, ...] = ()
         self._pool: Any = None
         self._storage: dict[bool, Tensor] = {}  # of keys and values, and of their gradients
@@ -83,92 +86,121 @@ class StepGraphs:
             and not torch.is_autocast_enabled(state.device.type)
         )
 
-    def write(
+    def prepare(
         self,
         decoder: Decoder,
         state: Tensor,
-        mask: Tensor,
         cache: Sequence[tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
         *,
+        length: int,
         num_steps: int,
         temperature: float,
-    ) -> list[Tensor]:
-        """The states of K soft tokens. Differentiable; the backward pass of one call must come before the next call.
+    ) -> Steps | None:
+        """The recorded steps of a batch's size, recorded now if need be.
 
         Args:
             decoder: The backbone, taken apart.
             state: h_0, (B, d).
+            cache: Keys and values of every layer, (rows, heads, positions, head_dim) each, of any rows and positions.
+            dtype: That they will have in `write`.
+            length: Positions of the longest prompt.
+            num_steps: K of all rows.
+            temperature: Of the soft tokens.
+
+        Returns:
+            None where steps are not replayed, or cannot be recorded here, which is warned of once.
+        """
+        if not self.serve(decoder, state, num_steps):
+            return None
+        trained, rows = torch.is_grad_enabled(), len(state)
+        unit = 1 if trained else _ROWS[rows >= 2 * _ROWS[1]]
+        size = -(-rows // unit) * unit, -(-(length + num_steps) // _POSITIONS) * _POSITIONS
+        shapes = [(size[0], tensor.shape[1], size[1], tensor.shape[3]) for pair in cache for tensor in pair]
+        with self._lock:
+            if (stamp := _stamp(decoder)) != self._stamp:  # other weights, or weights in other places
+                self._forget()
+                self._stamp = stamp
+            key = (*size, state.dtype, state.device, dtype, temperature, trained)
+            try:
+                if key not in self._steps:
+                    self._steps[key] = self._record(decoder, shapes, state, dtype, temperature, trained)
+            except torch.OutOfMemoryError:
+                raise  # a smaller batch may do
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0][:200]
+                logger.warning(
+                    "steps cannot be recorded here and are computed one by one, which is slower (%s)", reason
+                )
+                self.enabled = False
+                self._forget()
+                return None
+            self._steps.move_to_end(key)
+            return self._steps[key]
+
+    def write(
+        self, steps: Steps, state: Tensor, mask: Tensor, cache: Sequence[tuple[Tensor, Tensor]], *, num_steps: int
+    ) -> list[Tensor]:
+        """The states of K soft tokens. Differentiable; the backward pass of one call must come before the next call.
+
+        Args:
+            steps: As `prepare` gives them.
+            state: h_0, (B, d).
             mask: (B, N), 1 for tokens and 0 for padding on the left.
             cache: Keys and values of every layer, (B, heads, N, head_dim) each.
             num_steps: K.
-            temperature: Of the soft tokens.
 
         Returns:
             K tensors, (B, d).
         """
-        trained = torch.is_grad_enabled()
-        rows, length = mask.shape
-        capacity = -(-(length + num_steps) // _POSITIONS) * _POSITIONS
+        length = mask.shape[1]
         tensors = [tensor for pair in cache for tensor in pair]
         states: list[Any] = [state]
         with self._lock:
-            unit = 1 if trained else _ROWS[rows >= 2 * _ROWS[1]]
-            size = -(-rows // unit) * unit, capacity
-            steps = self._of_size(decoder, size, cache, state, temperature, trained)
             steps.begin(mask)
-            if trained:
+            if steps.trained:
                 states = [_Enter.apply(steps, state, *tensors, *steps.parameters)]
             else:
                 steps.fill(tensors)
             for place in range(length, length + num_steps):
                 last = states[-1]
-                states.append(_Step.apply(last, steps, place) if trained else steps.forward(last, place))
+                states.append(_Step.apply(last, steps, place) if steps.trained else steps.forward(last, place))
         return states[1:]
 
-    def _of_size(
+    def _record(
         self,
         decoder: Decoder,
-        size: tuple[int, int],
-        cache: Sequence[tuple[Tensor, Tensor]],
+        shapes: list[tuple[int, ...]],
         state: Tensor,
+        dtype: torch.dtype,
         temperature: float,
         trained: bool,
-    ) -> _Steps:
-        if (stamp := _stamp(decoder)) != self._stamp:  # other weights, or weights in other places
-            self._forget()
-            self._stamp = stamp
-        key = (*size, state.dtype, state.device, cache[0][0].dtype, temperature, trained)
-        if key not in self._steps:
-            while len(self._steps) >= _MOST_SIZES:
-                self._steps.popitem(last=False)
-            buffers = [self._buffers(cache, size, of_gradients) for of_gradients in (False, True)[: 1 + trained]]
-            if state.is_cuda and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
-            self._steps[key] = _Steps(decoder, size, buffers, state, temperature, trained, self._turn, self._pool)
-        self._steps.move_to_end(key)
-        return self._steps[key]
+    ) -> Steps:
+        while len(self._steps) >= _MOST_SIZES:
+            self._steps.popitem(last=False)
+        buffers = [self._buffers(shapes, state, dtype, of_gradients) for of_gradients in (False, True)[: 1 + trained]]
+        if state.is_cuda and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
+        return Steps(decoder, buffers, state, temperature, self._turn, self._pool)
 
     def _forget(self) -> None:
         self._steps.clear()
         self._pool = None  # a pool ends with its last graph
 
     def _buffers(
-        self, cache: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int], of_gradients: bool
+        self, shapes: list[tuple[int, ...]], state: Tensor, dtype: torch.dtype, of_gradients: bool
     ) -> list[Tensor]:
         """Zeros for keys and values of all layers; all sizes share one piece of memory, as one is used at a time."""
-        rows, positions = size
-        tensors = [tensor for pair in cache for tensor in pair]
-        shapes = [(rows, tensor.shape[1], positions, tensor.shape[3]) for tensor in tensors]
-        needed = sum(math.prod(shape) for shape in shapes)
+        sizes = [math.prod(shape) for shape in shapes]
         storage = self._storage.get(of_gradients)
-        like = tensors[0]
-        if storage is None or storage.numel() < needed or (storage.dtype, storage.device) != (like.dtype, like.device):
+        fits = storage is not None and (storage.dtype, storage.device) == (dtype, state.device)
+        if storage is None or not fits or len(storage) < sum(sizes):
             self._forget()  # they were recorded over memory that goes
             self._storage.pop(of_gradients, None)
-            taken = int(_GROWTH * needed)
             with torch.inference_mode(mode=False):
-                storage = self._storage[of_gradients] = torch.zeros(taken, dtype=like.dtype, device=like.device)
-        parts = storage[:needed].zero_().split([math.prod(shape) for shape in shapes])
+                storage = torch.zeros(int(_GROWTH * sum(sizes)), dtype=dtype, device=state.device)
+            self._storage[of_gradients] = storage
+        parts = storage[: sum(sizes)].zero_().split(sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -247,7 +279,7 @@ class _Parts(nn.Module):
         return out.last_hidden_state[:, -1]
 
 
-class _Steps:
+class Steps:
     """Buffers of one size, and the recorded step over them.
 
     `hidden`, `place` and, backward, `out_grad` go in; `out`, and `hidden_grad` come out. Gradients of keys, values and
@@ -257,15 +289,14 @@ class _Steps:
     def __init__(
         self,
         decoder: Decoder,
-        size: tuple[int, int],
         buffers: list[list[Tensor]],
         state: Tensor,
         temperature: float,
-        trained: bool,
         turn: _Turn,
         pool: Any,
     ) -> None:
-        rows, capacity = size
+        self.trained = trained = len(buffers) > 1  # with gradients of keys and values
+        rows, _, capacity, _ = buffers[0][0].shape
         self.parts = _Parts(decoder, temperature)
         trainable = {name: weight for name, weight in self.parts.named_parameters() if weight.requires_grad and trained}
         self.names, self.parameters = list(trainable), list(trainable.values())
@@ -361,7 +392,6 @@ def _recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Call
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()  # an older graph that is destroyed while another is recorded spoils it
     try:
         # Other threads may pin memory for batches to come meanwhile.
@@ -377,7 +407,7 @@ class _Enter(torch.autograd.Function):
     """The prompts' keys and values go into the buffers; backward, what the steps have added up comes out."""
 
     @staticmethod
-    def forward(ctx: Any, steps: _Steps, state: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, steps: Steps, state: Tensor, *tensors: Tensor) -> Tensor:
         cache = tensors[: len(steps.cache)]
         steps.fill(cache)
         for total in (steps.cache_grads, steps.parameter_grads):
@@ -399,7 +429,7 @@ class _Step(torch.autograd.Function):
     """One soft token. A step's backward pass comes after the next one's, which its result feeds."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, steps: _Steps, place: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, steps: Steps, place: int) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.steps, ctx.turn, ctx.place = steps, steps.turn.number, place
         return steps.forward(hidden, place)

@@ -37,6 +37,9 @@ def test_attention_is_computed_in_float32_without_amx(
     model.encode(TEXTS)
     dtype = torch.bfloat16 if amx else torch.float32
     assert seen == {(dtype, dtype)}
+    seen.clear()
+    model.train()(model.encoder.preprocess(TEXTS))
+    assert seen == {(torch.float32, torch.float32)}, "AMX does not make training faster"
 
 
 def test_gradients_are_those_of_plain_attention(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

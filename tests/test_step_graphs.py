@@ -152,3 +152,27 @@ def test_sizes_share_their_memory(backbone: Path) -> None:
     assert len(graphs._steps) == 4, "of 6, 3, 2 and 4 rows; the first of 2 went when the memory grew"
     places = {tensor.untyped_storage().data_ptr() for steps in graphs._steps.values() for tensor in steps.cache}
     assert len(places) == 1
+
+
+def test_steps_that_cannot_be_recorded_are_computed_one_by_one(
+    graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    decoder = Decoder.from_model(tiny_model("llama"))
+    expected = refine(decoder, *batch(), num_steps=3)
+    monkeypatch.setattr("gircse.step_graphs._recorded", refuse)
+    for _ in range(2):
+        torch.testing.assert_close(refine(decoder, *batch(), num_steps=3, graphs=graphs), expected)
+    assert [record.message for record in caplog.records] == [
+        "steps cannot be recorded here and are computed one by one, which is slower (operation not permitted)"
+    ], "told once"
+    graphs.enabled = True
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("gircse.step_graphs._recorded", full)
+    with pytest.raises(torch.OutOfMemoryError):  # which encode meets with half the batch
+        refine(decoder, *batch(), num_steps=3, graphs=graphs)

@@ -88,7 +88,7 @@ def test_rows_of_a_small_source_are_drawn_again(folder: Path, backbone: Path) ->
     assert len(counts) == 24
     assert set(counts.values()) == {2, 3}
     assert len(set(data["anchor"][:24])) == len(set(data["anchor"][24:48])) == 24
-    assert len({(row["anchor"], row["negative_1"]) for row in data}) > 30
+    assert len(set(zip(data["anchor"], data["negative_1"], strict=True))) > 30
     del source["examples"]
     assert len(load_training_data(load_recipe(write(folder, content)))["rows/a"]) == 72, "all that it has"
     source |= {"examples": 60, "repeats": 2}

@@ -64,7 +64,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     Raises:
         UsageError: `output` is a file, or holds an earlier run and `resume` is False.
         MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
-        GircseError: Data or backbone are not to be had, or the run diverged.
+        GircseError: Data or backbone are not to be had, the run diverged, or memory ran out.
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; name a folder for the trained model")
@@ -88,8 +88,15 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     model.max_seq_length = recipe.data.max_seq_length
     trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
     model.model_card_data.train_datasets = []  # the card has the recipe's sources
-    with fused_lora(model, model.encoder.packed_weights):
-        trainer.train(resume_from_checkpoint=last if resume else None)
+    try:
+        with fused_lora(model, model.encoder.packed_weights):
+            trainer.train(resume_from_checkpoint=last if resume else None)
+    except torch.OutOfMemoryError as error:
+        raise GircseError(
+            f"out of memory with batches of {recipe.training.batch_size} rows of up to {recipe.data.max_seq_length} "
+            "tokens; set training.micro_batch_size (the same gradients, a second forward pass), or lower "
+            "training.batch_size or data.max_seq_length, and go on with --resume"
+        ) from error
     model.encoder.packed_weights.drop()  # half of them served gradients
     if evaluator is not None:
         best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
