@@ -22,7 +22,7 @@ from gircse.adapter import bytes_to_fold, can_fold, fold, lora_layers, narrow, u
 from gircse.attention import use_fastest_attention
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.hardware import free_memory
+from gircse.hardware import free_memory, prompt_pass_tokens
 from gircse.norms import use_fused_norms
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
 """The paper's query format (appendix A): the text follows immediately."""
-
-PROMPT_PASS_TOKENS = 1024
-"""Padded tokens of one prompt pass on a CPU. A batch above it is run in groups of similar length, so padding costs
-little."""
-
-GPU_PROMPT_PASS_TOKENS = 49_152
-"""The same on a GPU, which launches a pass in the time that it computes thousands of tokens."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +346,7 @@ class GenerativeEncoder(InputModule):
         if isinstance(steps, Integral):  # NumPy's too
             steps = int(steps)
         prompt = (self.decoder, features["input_ids"], features["attention_mask"])
-        pass_tokens = PROMPT_PASS_TOKENS if features["input_ids"].device.type == "cpu" else GPU_PROMPT_PASS_TOKENS
+        pass_tokens = prompt_pass_tokens(features["input_ids"].device)
         with self.packed_weights.products(features["input_ids"].device):
             if config.encoder_only:
                 config.check_steps(steps if isinstance(steps, int) else max(steps))

@@ -53,6 +53,16 @@ def default_batch_tokens(device: str | torch.device) -> int:
     return 2 * DEFAULT_BATCH_TOKENS if torch.cpu._is_amx_tile_supported() else DEFAULT_BATCH_TOKENS
 
 
+def prompt_pass_tokens(device: str | torch.device) -> int:
+    """Padded tokens of one prompt pass. A batch above it is run in groups of similar length, so padding costs little.
+
+    A GPU launches a pass in the time that it computes thousands of tokens; AMX multiplies more rows at the same pace.
+    """
+    if torch.device(device).type != "cpu":
+        return 49_152
+    return 4096 if torch.cpu._is_amx_tile_supported() else 1024
+
+
 @cache
 def is_intel() -> bool:
     """Whether the processor is Intel's own, on which alone MKL takes its fastest paths."""

@@ -310,7 +310,7 @@ def test_any_batching_gives_the_same_vectors(
     expected = np.stack([model.encode(text, prompt=prompt, num_steps=num_steps) for text in texts])
     encoder.fold_adapter, encoder.packed_weights.enabled, encoder.step_graphs.anywhere = switches
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gircse.encoder.PROMPT_PASS_TOKENS", prompt_pass)
+        patch.setattr("gircse.encoder.prompt_pass_tokens", lambda device: prompt_pass)
         got = model.encode(
             [texts[i] for i in order], prompt=prompt, num_steps=num_steps, batch_tokens=budget, batch_size=most
         )
