@@ -82,8 +82,9 @@ class StepGraphs:
             and (state.is_cuda or self.anywhere)
             and decoder.window is None
             and getattr(transformer.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
-            and not (transformer.training and any(_drops(module) for module in transformer.modules()))
+            and not (transformer.training and _drops(transformer))
             and not torch.is_autocast_enabled(state.device.type)
+            and all(_is_whole(weight) and weight.device == state.device for weight in _weights(decoder))
         )
 
     def prepare(
@@ -183,6 +184,12 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
         return Steps(decoder, buffers, state, temperature, self._turn, self._pool)
 
+    def drop(self) -> None:
+        """Give recordings and their memory back."""
+        with self._lock:
+            self._forget()
+            self._storage.clear()
+
     def _forget(self) -> None:
         self._steps.clear()
         self._pool = None  # a pool ends with its last graph
@@ -204,8 +211,15 @@ class StepGraphs:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.Dropout) and module.p > 0
+def _drops(transformer: nn.Module) -> bool:
+    """Whether training draws random numbers, which a replayed step would not draw anew."""
+    own = getattr(getattr(transformer, "config", None), "attention_dropout", None) or 0
+    return own > 0 or any(isinstance(module, nn.Dropout) and module.p > 0 for module in transformer.modules())
+
+
+def _is_whole(weight: nn.Parameter) -> bool:
+    """Whether this process holds it: FSDP's and DeepSpeed's parts come together for a while only."""
+    return type(weight.data) is Tensor and not hasattr(weight, "ds_id")
 
 
 def _stamp(decoder: Decoder) -> tuple[Any, ...]:

@@ -77,6 +77,25 @@ def test_windows_few_steps_and_steps_of_each_row_are_left_to_the_loop(graphs: St
         assert not graphs._steps, family
 
 
+def test_what_a_recording_could_not_repeat_is_left_to_the_loop(graphs: StepGraphs) -> None:
+    model = tiny_model("llama")
+    decoder, state = Decoder.from_model(model), torch.zeros(2, 32)
+    assert graphs.serve(decoder, state, 3)
+    model.train()
+    assert graphs.serve(decoder, state, 3)
+    model.config.attention_dropout = 0.1
+    assert not graphs.serve(decoder, state, 3), "random numbers"
+    assert graphs.serve(Decoder.from_model(model.eval()), state, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not graphs.serve(decoder, state, 3)
+    weight = next(model.parameters())
+    setattr(weight, "ds_id", 0)  # noqa: B010  # DeepSpeed's
+    assert not graphs.serve(decoder, state, 3), "a part of a weight"
+    delattr(weight, "ds_id")
+    model.lm_head.to("meta")
+    assert not graphs.serve(decoder, state, 3), "weights on several devices"
+
+
 def lora_model(backbone: Path, dtype: torch.dtype = torch.float32) -> GIRCSE:
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
@@ -152,6 +171,9 @@ def test_sizes_share_their_memory(backbone: Path) -> None:
     assert len(graphs._steps) == 4, "of 6, 3, 2 and 4 rows; the first of 2 went when the memory grew"
     places = {tensor.untyped_storage().data_ptr() for steps in graphs._steps.values() for tensor in steps.cache}
     assert len(places) == 1
+    graphs.drop()
+    assert not graphs._steps
+    assert not graphs._storage
 
 
 def test_steps_that_cannot_be_recorded_are_computed_one_by_one(

@@ -98,6 +98,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
             "training.batch_size or data.max_seq_length, and go on with --resume"
         ) from error
     model.encoder.packed_weights.drop()  # half of them served gradients
+    model.encoder.step_graphs.drop()
     if evaluator is not None:
         best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
         model.encoder.training_facts["best"] = best
