@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from gircse.fused_soft_token import faster, fused_soft_token, is_possible
 
+ROWS_AT_A_TIME = 128
+"""Of soft tokens on a CPU; a row of SmolLM2's takes 0.6 MB on the way."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -94,7 +97,13 @@ class Vocabulary:
         return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed
 
     def by_products(self, hidden: Tensor, temperature: float) -> Tensor:
-        """P · E by two products and a softmax, as `soft_token` takes and gives them, without the embedding's scale."""
+        """P · E by two products and a softmax, as `soft_token` takes and gives them, without the embedding's scale.
+
+        On a CPU without gradients some rows at a time: all their probabilities together would take more memory than
+        the batch itself.
+        """
+        if len(hidden) > ROWS_AT_A_TIME and hidden.device.type == "cpu" and not torch.is_grad_enabled():
+            return torch.cat([self.by_products(part, temperature) for part in hidden.split(ROWS_AT_A_TIME)])
         table = self.embedding.weight
         # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
         probabilities = self.probabilities(hidden, temperature)

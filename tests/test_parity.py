@@ -156,3 +156,17 @@ def test_a_prefix_is_shared_only_where_it_saves_enough() -> None:
     assert plan_prompts(ids, mask, 1000)[0].prefix == tuple(range(3, 11))
     assert plan_prompts(ids, mask, 1000, worth=48)[0].prefix == tuple(range(3, 11)), "6 rows of 8 tokens"
     assert plan_prompts(ids, mask, 1000, worth=49)[0].prefix == ()
+
+
+def test_soft_tokens_of_some_rows_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = Decoder.from_model(tiny_model("llama")).vocabulary
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    seen = []
+    plain = Vocabulary.probabilities
+    monkeypatch.setattr(Vocabulary, "probabilities", lambda *args: seen.append(len(args[1])) or plain(*args))
+    with torch.no_grad():
+        expected = vocabulary.soft_token(hidden, 0.7)
+        monkeypatch.setattr("gircse.soft_tokens.ROWS_AT_A_TIME", 2)
+        torch.testing.assert_close(vocabulary.soft_token(hidden, 0.7), expected)
+    torch.testing.assert_close(vocabulary.soft_token(hidden.requires_grad_(), 0.7), expected)
+    assert seen == [5, 2, 2, 1, 5], "with gradients all rows at once, as everything is kept anyway"
