@@ -37,8 +37,8 @@ FEWEST_STEPS = 2
 _POSITIONS = 32
 """Positions of the buffers are a multiple of this, so that prompts of similar length share a graph."""
 
-_ROWS = (64, 256)
-"""At inference so are rows, of fewer than 512 and of more."""
+_FEW_ROWS, _ROWS, _MANY_ROWS = 64, 512, 256
+"""At inference rows are a multiple of the first, from the second on of the third."""
 
 _GROWTH = 1.5
 """How much more memory is taken than a size asks for: the next sizes are often a little larger."""
@@ -115,7 +115,7 @@ class StepGraphs:
         if not self.serve(decoder, state, num_steps):
             return None
         trained, rows = torch.is_grad_enabled(), len(state)
-        unit = 1 if trained else _ROWS[rows >= 2 * _ROWS[1]]
+        unit = 1 if trained else _FEW_ROWS if rows < _ROWS else _MANY_ROWS
         size = -(-rows // unit) * unit, -(-(length + num_steps) // _POSITIONS) * _POSITIONS
         shapes = [(size[0], tensor.shape[1], size[1], tensor.shape[3]) for pair in cache for tensor in pair]
         with self._lock:
@@ -198,6 +198,7 @@ class StepGraphs:
         self, shapes: list[tuple[int, ...]], state: Tensor, dtype: torch.dtype, of_gradients: bool
     ) -> list[Tensor]:
         """Zeros for keys and values of all layers; all sizes share one piece of memory, as one is used at a time."""
+        self._turn.number += 1  # what an earlier call has left there goes
         sizes = [math.prod(shape) for shape in shapes]
         storage = self._storage.get(of_gradients)
         fits = storage is not None and (storage.dtype, storage.device) == (dtype, state.device)
@@ -276,7 +277,6 @@ class _Parts(nn.Module):
         super().__init__()
         self.transformer, self.head = decoder.transformer, decoder.vocabulary.head
         self.vocabulary, self.temperature = decoder.vocabulary, temperature
-        self.train(decoder.transformer.training)
 
     def forward(self, hidden: Tensor, layers: list[_StaticLayer], mask: Tensor, positions: Tensor) -> Tensor:
         """From h_{k-1}, (B, d), to h_k."""
