@@ -177,6 +177,28 @@ def test_a_float32_adapter_is_fused_over_bfloat16_weights(backbone: Path) -> Non
     assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.97  # AMX rounds otherwise
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_a_fused_adapter_follows_its_optimiser(backbone: Path, options: dict[str, bool]) -> None:
+    """Adapters are rounded for the weights under them, and fused optimisers do not count a weight's versions up."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=2, lora=lora, device="cpu", dtype=torch.bfloat16).train()
+    optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=0.1, **options)
+    features, seen = model.encoder.preprocess(TEXTS), []
+    with fused_lora(model):
+        for _ in range(2):
+            out = model(dict(features))["sentence_embedding"]
+            seen.append(out.detach())
+            optimiser.zero_grad()
+            out.sin().sum().backward()
+            optimiser.step()
+        seen.append(model(dict(features))["sentence_embedding"].detach())
+    plain = model(dict(features))["sentence_embedding"].detach()
+    similar = torch.nn.functional.cosine_similarity
+    assert float(similar(seen[2], plain).min()) > 0.98
+    assert float(similar(seen[0], seen[2]).min()) < 0.95, "two steps of this size are seen"
+
+
 def test_threads_fold_an_adapter_once(adapted: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted.encoder.fold_adapter = False
     expected = torch.tensor(adapted.encode(TEXTS))

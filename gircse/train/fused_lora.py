@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -91,24 +90,24 @@ class _Rounded:
     def __init__(self, layers: list[Linear]) -> None:
         self._layers = layers
         self._pairs: dict[Linear, tuple[Tensor, Tensor]] = {}
-        self._stamp: list[tuple[int, int]] = []
         self._running = False
 
     @torch.no_grad()
     def begin(self, *_: Any) -> None:
-        """Round the adapters that have changed, in a few operations for all of them."""
+        """Round all adapters, in a few operations for all of them.
+
+        At every pass: PyTorch's fused optimisers change weights without counting up their versions.
+        """
         self._running = True
-        weights = [weight for layer in self._layers for weight in _adapter(layer)]
-        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
-        if stamp == self._stamp or not weights:
+        if not self._layers:
             return
-        if any(place != before for (place, _), (before, _) in zip_longest(stamp, self._stamp, fillvalue=(0, 0))):
+        weights = [weight for layer in self._layers for weight in _adapter(layer)]
+        if not self._pairs or self._pairs[self._layers[0]][0].device != weights[0].device:
             wanted = [cast(Tensor, layer.get_base_layer().weight) for layer in self._layers for _ in range(2)]
             made = [torch.empty_like(weight, dtype=base.dtype) for weight, base in zip(weights, wanted, strict=True)]
             self._pairs = dict(zip(self._layers, zip(made[::2], made[1::2], strict=True), strict=True))
         kept = [rounded for pair in self._pairs.values() for rounded in pair]
         torch._foreach_copy_(kept, weights)  # type: ignore[attr-defined]  # torch's own lists leave it out
-        self._stamp = stamp
 
     def end(self, *_: Any) -> None:
         self._running = False
