@@ -73,6 +73,12 @@ def is_intel() -> bool:
     return "GenuineIntel" in described or "Intel64" in described
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on any device: the CPU's is a plain RuntimeError."""
+    told = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
 def free_memory(device: str | torch.device = "cpu") -> int:
     """Bytes that this process may still take: of a GPU, or the machine's, or its container's where those are fewer."""
     if torch.device(device).type == "cuda":

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from gircse.batches import plan_batches
 from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
-from gircse.hardware import default_batch_tokens
+from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
 from gircse.refiner import pool_steps, refine
 
@@ -488,12 +488,6 @@ def _check_no_backbone(name: str) -> None:
             f"{name} is a backbone, no saved GIRCSE model; leave the name out for the model that ships, or make an "
             f"untrained one with GIRCSE.from_backbone({name!r})"
         )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on any device: the CPU's is a plain RuntimeError."""
-    told = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def pretrained_path() -> str:

@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gircse.attention import ATTENTION
 from gircse.decoders import Decoder
+from gircse.hardware import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +127,9 @@ class StepGraphs:
             try:
                 if key not in self._steps:
                     self._steps[key] = self._record(decoder, shapes, state, dtype, temperature, trained)
-            except torch.OutOfMemoryError:
-                raise  # a smaller batch may do
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise  # a smaller batch may do
                 reason = str(error).splitlines()[0][:200]
                 logger.warning(
                     "steps cannot be recorded here and are computed one by one, which is slower (%s)", reason

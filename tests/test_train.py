@@ -201,15 +201,6 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
         verb(write(folder, content), num_steps=0, dry_run=True, changes=["training.random_steps=[1, 2]"])
 
 
-def test_a_run_out_of_memory_says_what_to_do(folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 42.00 MiB.\nAnd so on")
-
-    monkeypatch.setattr(ICRLoss, "forward", full)
-    with pytest.raises(GircseError, match=r"batches of 4 rows of up to 30 tokens; set training\.micro_batch_size"):
-        train(load_recipe(write(folder, values(folder, backbone))), folder / "out")
-
-
 def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = import_module("gircse.cli.train").train
     verb(write(folder, values(folder, backbone)), folder / "out", num_steps=3, json_output=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from gircse.errors import GircseError
 from gircse.losses import ICRLoss
 from gircse.train.callbacks import RunLog, Speed
 from gircse.train.data import load_training_data
@@ -143,3 +145,21 @@ def test_a_source_whose_texts_cannot_be_told_apart_is_warned_of(
     assert a == pytest.approx([1.0] * 6, abs=1e-3)
     assert max(b) < 0.99
     assert [record.args[0] for record in caplog.records if "have become alike" in record.message] == ["rows/a"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # a GPU's, and a CPU's
+def test_a_run_out_of_memory_says_what_to_do(
+    folder: Path, backbone: Path, kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = ["out of memory. Tried to allocate 42.00 MiB.\nAnd so on", "mat1 and mat2 shapes cannot be multiplied"]
+
+    def full(*_: object, **__: object) -> None:
+        raise kind(problems.pop(0))
+
+    monkeypatch.setattr(ICRLoss, "forward", full)
+    recipe = load_recipe(write(folder, values(folder, backbone)))
+    with pytest.raises(GircseError, match=r"batches of 4 rows of up to 30 tokens; set training\.micro_batch_size"):
+        train(recipe, folder / "out")
+    if kind is RuntimeError:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            train(recipe, folder / "other")

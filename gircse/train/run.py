@@ -24,6 +24,7 @@ from gircse._version import __version__
 from gircse.backbones import resolve_backbone
 from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, MissingExtraError, UsageError
+from gircse.hardware import is_out_of_memory
 from gircse.losses import ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
@@ -91,7 +92,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     try:
         with fused_lora(model, model.encoder.packed_weights):
             trainer.train(resume_from_checkpoint=last if resume else None)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise GircseError(
             f"out of memory with batches of {recipe.training.batch_size} rows of up to {recipe.data.max_seq_length} "
             "tokens; set training.micro_batch_size (the same gradients, a second forward pass), or lower "
