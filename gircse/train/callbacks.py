@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
 from gircse.errors import GircseError
@@ -298,6 +300,58 @@ class RandomSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.model.num_steps = self.own
+
+
+class TimeLimit(TrainerCallback, ExportableState):
+    """Ends a run in time, with its learning rate where the schedule has it at the end.
+
+    The schedule goes by whichever is further on, steps or minutes, so a run that has time enough is as it would be
+    without. Minutes count from the first step; those before an interruption are kept in the checkpoint.
+
+    Args:
+        minutes: Of the whole run.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.spent, self._began = minutes, 0.0, 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self.spent}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (kept := state.stateful_callbacks.get(type(self).__name__)) is not None:  # as a list where it is resumed
+            self.spent = (kept[0] if isinstance(kept, list) else kept)["attributes"]["spent"]
+        self._began = time.perf_counter() - 60 * self.spent
+        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
+        scheduler.lr_lambdas = [self._hurried(schedule, state.max_steps) for schedule in scheduler.lr_lambdas]
+
+    def _hurried(self, schedule: Callable[[int], float], max_steps: int) -> Callable[[int], float]:
+        def by_time(step: int) -> float:
+            return schedule(max(step, min(max_steps, math.floor(max_steps * self.spent / self.minutes))))
+
+        return by_time
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Comes before the scheduler's own step."""
+        spent = [(time.perf_counter() - self._began) / 60]
+        if args.world_size > 1:  # all processes end at the same step
+            broadcast_object_list(spent)
+        self.spent = spent[0]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.spent >= self.minutes and state.global_step < state.max_steps:
+            control.should_log = control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(
+                    "training.max_minutes: %g minutes are over at step %d of %d",
+                    self.minutes,
+                    state.global_step,
+                    state.max_steps,
+                )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is not None and "seconds_left" in logs:
+            logs["seconds_left"] = round(min(logs["seconds_left"], max(0.0, 60 * (self.minutes - self.spent))), 1)
 
 
 class SaveEvaluated(TrainerCallback):

@@ -27,7 +27,7 @@ from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.hardware import is_out_of_memory
 from gircse.losses import ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
-from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, random_state_kept
+from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, TimeLimit, random_state_kept
 from gircse.train.data import SameSourceBatches, load_training_data, source_path, steps_an_epoch
 from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped, warm_up_advice
@@ -126,6 +126,8 @@ def _make_trainer(
     if advice := warm_up_advice(recipe, math.ceil(steps * recipe.training.epochs)):
         logger.warning(advice)
     in_logs = [Speed(model, losses.values()), StepLosses(losses, report)]
+    if (minutes := recipe.training.max_minutes) is not None:
+        in_logs.insert(1, TimeLimit(minutes))
     trainer = _Trainer(
         model=model,
         args=arguments,

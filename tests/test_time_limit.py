@@ -1,0 +1,77 @@
+"""A run that must end in time does so with its learning rate at the schedule's end, also after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gircse.train.recipe import load_recipe
+from gircse.train.run import train
+from tests.training_recipe import values, write, write_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, 30 more after every optimiser step."""
+    from gircse.train.callbacks import StepLosses
+
+    now, checked = [0.0], StepLosses.on_pre_optimizer_step
+
+    def count(self: StepLosses, *args: object, **kwargs: object) -> None:
+        now[0] += 30
+        checked(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StepLosses, "on_pre_optimizer_step", count)
+    monkeypatch.setattr("gircse.train.callbacks.time.perf_counter", lambda: now[0])
+    return now
+
+
+def logged(folder: Path, backbone: Path, name: str, minutes: float | None, **options: bool) -> list[dict[str, float]]:
+    """Entries of the six steps, or of as many as there is time for."""
+    content = values(folder, backbone)
+    content["training"] |= {"max_minutes": minutes, "schedule": "linear"}
+    logs: list[dict[str, float]] = []
+    train(load_recipe(write(folder, content)), folder / name, report=logs.append, **options)
+    return [entry for entry in logs if "loss" in entry]
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_schedule_goes_by_time_where_time_is_short(
+    folder: Path, backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free, roomy, short = (
+        logged(folder, backbone, name, minutes) for name, minutes in (("free", None), ("roomy", 60), ("short", 2))
+    )
+    rates = [[entry["learning_rate"] for entry in entries] for entries in (free, roomy, short)]
+    assert rates[1] == rates[0], "time enough: nothing changes"
+    assert [entry["loss"] for entry in roomy] == [entry["loss"] for entry in free]
+    assert len(short) == 4, "two minutes are four steps"
+    assert "2 minutes are over at step 4 of 6" in caplog.text
+    assert rates[2][2] < rates[0][2], "the schedule is ahead of the steps"
+    assert [entry["seconds_left"] for entry in short] == [90, 60, 30, 0]
+    assert (folder / "short" / "adapter_model.safetensors").is_file()
+
+
+def test_minutes_before_an_interruption_count(folder: Path, backbone: Path, clock: list[float]) -> None:
+    class Stop(Exception):
+        pass
+
+    content = values(folder, backbone)
+    content["training"]["max_minutes"] = 2
+
+    def stop_after_two(log: dict[str, float]) -> None:
+        if log["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(load_recipe(write(folder, content)), folder / "broken", report=stop_after_two)
+    clock[0] += 3600  # between the processes; nobody waits for it
+    rest = logged(folder, backbone, "broken", 2, resume=True)
+    assert [entry["step"] for entry in rest] == [3, 4]
