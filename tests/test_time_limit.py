@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gircse.model import GIRCSE
 from gircse.train.recipe import load_recipe
 from gircse.train.run import train
 from tests.training_recipe import values, write, write_rows
@@ -56,7 +57,8 @@ def test_the_schedule_goes_by_time_where_time_is_short(
     assert "2 minutes are over at step 4 of 6" in caplog.text
     assert rates[2][2] < rates[0][2], "the schedule is ahead of the steps"
     assert [entry["seconds_left"] for entry in short] == [90, 60, 30, 0]
-    assert (folder / "short" / "adapter_model.safetensors").is_file()
+    facts = [GIRCSE(str(folder / name), device="cpu").encoder.training_facts for name in ("roomy", "short")]
+    assert [told["steps"] for told in facts] == [6, 4]
 
 
 def test_minutes_before_an_interruption_count(folder: Path, backbone: Path, clock: list[float]) -> None:

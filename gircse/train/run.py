@@ -102,6 +102,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         ) from error
     model.encoder.packed_weights.drop()  # half of them served gradients
     model.encoder.step_graphs.drop()
+    model.encoder.training_facts["steps"] = trainer.state.global_step  # fewer than planned where time was short
     if evaluator is not None:
         best = {"step": trainer.state.best_global_step, "mean": trainer.state.best_metric}
         model.encoder.training_facts["best"] = best
