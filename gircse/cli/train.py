@@ -84,7 +84,7 @@ def train(
         loaded = load_recipe(recipe, overrides)
         from gircse.train.callbacks import RunLog
         from gircse.train.plan import try_recipe
-        from gircse.train.run import last_step
+        from gircse.train.run import is_first_process, last_step
         from gircse.train.run import train as run
     if output is None or dry_run:
         with stderr.status("reading the data"):
@@ -94,6 +94,8 @@ def train(
             raise typer.Exit(1)
         return
     model = run(loaded, output, resume=resume, report=RunLog(output / "log.jsonl", last_step(output)))
+    if not is_first_process():
+        return
     if json_output:
         print(json.dumps({"output": str(output), "num_steps": model.num_steps}))
     else:

@@ -34,7 +34,7 @@ from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_tra
 from gircse.train.teacher import keep_vectors, load_teacher
 
 try:
-    import accelerate  # noqa: F401  # the trainer imports it only when it starts
+    from accelerate import PartialState  # the trainer imports it only when it starts
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
@@ -144,6 +144,11 @@ def _make_trainer(
     # What adds to the logs comes first: the trackers are in the list already, and would not see it.
     trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in in_logs)
     return trainer
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that train together, is the one that speaks for all."""
+    return PartialState().is_main_process
 
 
 def last_step(output: Path) -> int:
@@ -304,6 +309,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTraining
         data_seed=recipe.seed,
         # Texts are tokenised beside the steps; on a CPU the steps would wait for the cores.
         dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
+        # Said aloud, or the processes of torchrun would not find each other on CPUs, and train one model each.
+        use_cpu=not torch.accelerator.is_available(),
         report_to=chosen_trackers(recipe) or "none",
         disable_tqdm=False,
     )
