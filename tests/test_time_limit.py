@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gircse.model import GIRCSE
+from gircse.train.callbacks import TimeLimit
 from gircse.train.recipe import load_recipe
 from gircse.train.run import train
 from tests.training_recipe import values, write, write_rows
@@ -77,3 +80,24 @@ def test_minutes_before_an_interruption_count(folder: Path, backbone: Path, cloc
     clock[0] += 3600  # between the processes; nobody waits for it
     rest = logged(folder, backbone, "broken", 2, resume=True)
     assert [entry["step"] for entry in rest] == [3, 4]
+
+
+def test_all_processes_go_by_the_first_ones_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of one's own would end one process a step before another, which then waits for ever."""
+    monkeypatch.setattr("gircse.train.callbacks.time.perf_counter", lambda: 0.0)
+    monkeypatch.setattr("gircse.train.callbacks.broadcast_object_list", lambda values: values.__setitem__(0, 3.0))
+    limit, state = TimeLimit(2.0), SimpleNamespace(global_step=4, max_steps=6, is_world_process_zero=False)
+    for processes, ended in ((1, False), (2, True)):
+        control = SimpleNamespace(should_log=False, should_training_stop=False)
+        arguments = SimpleNamespace(world_size=processes)
+        limit.on_optimizer_step(arguments, state, control)
+        limit.on_step_end(arguments, state, control)
+        assert control.should_training_stop is ended
+
+
+def test_the_dry_run_tells_of_the_limit(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verb, recipe = import_module("gircse.cli.train").train, write(folder, values(folder, backbone))
+    verb(recipe, dry_run=True, changes=["training.max_minutes=7"])
+    assert "of warm-up, at its end after 7 minutes" in capsys.readouterr().out
+    verb(recipe, dry_run=True)
+    assert "minutes" not in capsys.readouterr().out.split("LoRA")[0]

@@ -120,7 +120,7 @@ def _print_dry_run(tried: DryRun, recipe: Recipe) -> None:
         f"[bold]the recipe is valid[/]\n"
         f"  K {steps}, λ {settings['refinement_weight']:g}, τ {settings['temperature']:g}\n"
         f"  learning rate {settings['learning_rate']:g}, {settings['schedule']} after {settings['warmup_steps']} steps "
-        f"of warm-up\n"
+        f"of warm-up{f', at its end after {limit:g} minutes' if (limit := settings.get('max_minutes')) else ''}\n"
         f"  LoRA: {sizes}\n"
         f"  losses go to log.jsonl{''.join(f', {name}' for name in settings['trackers'])}"
     )

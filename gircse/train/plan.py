@@ -137,6 +137,7 @@ def describe_settings(recipe: Recipe) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "schedule": training.schedule,
         "warmup_steps": training.warmup_steps,
+        **({"max_minutes": training.max_minutes} if training.max_minutes else {}),
         "lora": None if lora is None else lora.model_dump(),
         "trackers": chosen_trackers(recipe),
     }

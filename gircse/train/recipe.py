@@ -258,9 +258,7 @@ class TrainingSection(_Section):
         default=None, ge=1, description="texts embedded at a time; cached gradients make up the batch"
     )
     epochs: float = Field(default=1.0, gt=0)
-    max_minutes: float | None = Field(
-        default=None, gt=0, description="end after so long, the schedule hurried to its end; null: no limit"
-    )
+    max_minutes: float | None = Field(default=None, gt=0, description="end after so long, the schedule at its end")
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
