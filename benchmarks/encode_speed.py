@@ -6,8 +6,8 @@
 Three mixes of real texts: short (STSBenchmark sentences under an instruction), medium (news under an instruction), long
 (scientific abstracts cut to 140 words, plain). ``encode`` is this project's; ``encoder`` is sentence-transformers with
 last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights,
-if ``--variants`` asks for it); ``recompute`` runs the whole sequence again for every soft token, as the paper's code
-does in training; ``dynamic cache`` is a plain loop over transformers' cache.
+``int8 encode ...`` with 8-bit ones, if ``--variants`` asks for it); ``recompute`` runs the whole sequence again for
+every soft token, as the paper's code does in training; ``dynamic cache`` is a plain loop over transformers' cache.
 All in one process, in turn, medians. Peak memory is that of a fresh process each, beyond the loaded model. Writes
 benchmarks/results/encode_speed.json.
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def make_half_variants(
     return {f"bfloat16 {name}": variants[name] for name in ("encoder", "encode K=0", "encode K=5", "encode K=20")}
 
 
+def make_int8_variants(model: GIRCSE, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+    """`encode` with 8-bit weights."""
+    prompt = "" if instruction is None else model.format_instruction(instruction)
+    model.quantize_weights()
+    return {
+        f"int8 encode K={steps}": partial(model.encode, texts, prompt=prompt, num_steps=steps) for steps in (0, 5, 20)
+    }
+
+
 def floor_seconds(model: GIRCSE, ids: list[list[int]], num_steps: int, rate: float) -> float:
     """Seconds for the products of weights alone, every token of every text once, at the measured matrix rate."""
     head = model.encoder.decoder.vocabulary.embedding.weight.numel()
@@ -177,6 +187,8 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     if arguments.memory_of.startswith("bfloat16"):
         model = load_model(arguments, "bfloat16")
         variants = make_half_variants(model, folder, texts, instruction, arguments.batch)
+    elif arguments.memory_of.startswith("int8"):
+        variants = make_int8_variants(model, texts, instruction)
     else:
         variants = make_variants(model, folder, texts, instruction, arguments.batch)
     print(peak_rise(variants[arguments.memory_of], arguments.device))
@@ -221,6 +233,8 @@ def main() -> None:
             if any(name.startswith("bfloat16") for name in arguments.variants):
                 half = load_model(arguments, "bfloat16")
                 variants |= make_half_variants(half, folder, texts, instruction, arguments.batch)
+            if any(name.startswith("int8") for name in arguments.variants):
+                variants |= make_int8_variants(load_model(arguments, arguments.dtype), texts, instruction)
             variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):

@@ -20,9 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from gircse.adapter import bytes_to_fold, can_fold, fold, lora_layers, narrow, unfold, widen
 from gircse.attention import use_fastest_attention
+from gircse.checksum import vectors_checksum
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.hardware import free_memory, prompt_pass_tokens
+from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
+from gircse.int8 import check_int8, quantize_linear_layers
 from gircse.norms import use_fused_norms
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
@@ -187,6 +189,8 @@ class GenerativeEncoder(InputModule):
             memory as those weights again, together at most a quarter of what is free at first. Set its ``enabled`` to
             False to keep the memory.
 
+        quantized: ``int8`` after `quantize`, else None.
+
     Raises:
         UnsupportedBackboneError: The loop would not equal the backbone's own forward pass.
     """
@@ -211,6 +215,8 @@ class GenerativeEncoder(InputModule):
         self.reference = reference
         self.refinement = config
         self.training_facts = training or {}
+        self.quantized: str | None = None
+        self.checksum_before_quantizing: str | None = None
         self.fold_adapter = True
         self._room_to_fold: bool | None = None
         self.packed_weights = PackedWeights()
@@ -251,6 +257,25 @@ class GenerativeEncoder(InputModule):
         self.backbone.requires_grad_(False)
         self.backbone.add_adapter(config)
         widen(self.backbone)
+
+    @property
+    def weights_dtype(self) -> str:
+        """What products are computed in: ``float32``, ``bfloat16`` ..., or ``int8``."""
+        return self.quantized or str(self.backbone.dtype).removeprefix("torch.")
+
+    def quantize(self) -> None:
+        """Round the weights of all linear layers to 8 bits, the adapter folded in; there is no way back."""
+        if self.quantized:
+            return
+        check_int8()
+        if self.backbone.device.type != "cpu":
+            raise UsageError(f"8-bit weights compute on the CPU, not on {self.backbone.device.type}; choose device cpu")
+        self.checksum_before_quantizing = vectors_checksum(self)
+        self.requires_grad_(False)
+        quantize_linear_layers(self.backbone)
+        return_freed_memory()
+        self.packed_weights.drop()
+        self.quantized, self.backbone._hf_peft_config_loaded = "int8", False
 
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
@@ -378,10 +403,12 @@ class GenerativeEncoder(InputModule):
         stored whole, and a frozen backbone is only named.
 
         Raises:
-            UsageError: `safe_serialization` is False; pickled weights are not written.
+            UsageError: `safe_serialization` is False, as pickled weights are not written; or weights are quantised.
         """
         if not safe_serialization:
             raise UsageError("weights are saved as safetensors only; leave safe_serialization at its default")
+        if self.quantized:
+            raise UsageError("8-bit weights are not saved; save the model before quantize_weights")
         if self.has_adapter:
             for config in self.backbone.peft_config.values():  # where it lay on this machine is nobody else's business
                 config.base_model_name_or_path = self.reference.name

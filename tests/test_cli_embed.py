@@ -38,7 +38,7 @@ class CommandModel(HashingModel):
         torch.nn.init.zeros_(self.weights.bias)
         self.encoder = self
         self.reference = SimpleNamespace(name="tiny")
-        self.packed_weights = SimpleNamespace(enabled=True)
+        self.packed_weights, self.weights_dtype = SimpleNamespace(enabled=True), "float32"
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"pooling": "mean"}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
 from gircse.search.index import IndexProgress
-from gircse.search.manifest import model_checksum
 from gircse.search.rerank import rerank
 from gircse.search.search import SearchIndex, fuse
 from tests.search_model import WordModel, make_index, settings
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = root / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"id": k, **v}) for k, v in DOCUMENTS.items()), encoding="utf-8")
     model: Any = WordModel()
-    make_index(corpus, root / "an.index", model, settings(model_checksum=model_checksum(model)))
+    make_index(corpus, root / "an.index", model, settings(model_checksum=vectors_checksum(model.encoder)))
     return root / "an.index"
 
 
@@ -99,8 +99,9 @@ def test_an_index_whose_first_run_was_stopped_is_searched_by_meaning(tmp_path: P
     def stop(progress: IndexProgress) -> None:
         raise KeyboardInterrupt
 
+    made_with = settings(model_checksum=vectors_checksum(model.encoder))
     with pytest.raises(KeyboardInterrupt):
-        make_index(corpus, tmp_path / "i", model, settings(model_checksum=model_checksum(model)), on_progress=stop)
+        make_index(corpus, tmp_path / "i", model, made_with, on_progress=stop)
     index = SearchIndex(tmp_path / "i", model)
     assert 0 < index.table.count_chunks() <= 300
     assert not index.table.has_text_index
@@ -130,7 +131,7 @@ def test_reranking_uses_more_steps_on_the_candidates_only(tmp_path: Path) -> Non
     rows = {"x": "honey stepnoise", "y": "honey and bread", "z": "nothing alike"}
     corpus.write_text("\n".join(json.dumps({"id": k, "text": v}) for k, v in rows.items()), encoding="utf-8")
     model: Any = WordModel()
-    made_with = settings(model_checksum=model_checksum(model), num_steps=0)
+    made_with = settings(model_checksum=vectors_checksum(model.encoder), num_steps=0)
     make_index(corpus, tmp_path / "an.index", model, made_with)
     index = SearchIndex(tmp_path / "an.index", model)
     first = index.search("honey bread", mode="vector", top=2)
@@ -189,13 +190,14 @@ def test_checksums_tell_models_apart(backbone: Path, tmp_path: Path) -> None:
 
     plain = GIRCSE.from_backbone(str(backbone), num_steps=1, max_seq_length=48, device="cpu")
     model = make()
-    checksum = model_checksum(model)
-    assert checksum == model_checksum(make())
-    assert checksum != model_checksum(plain)
+    checksum = vectors_checksum(model.encoder)
+    assert checksum == vectors_checksum(make().encoder)
+    assert checksum != vectors_checksum(plain.encoder)
     model.save(str(tmp_path / "saved"))
     loaded = GIRCSE(str(tmp_path / "saved"), device="cpu")
     loaded.encode("text")  # which may fold the adapter into the weights
-    assert model_checksum(loaded) == checksum
-    assert model_checksum(GIRCSE(str(tmp_path / "saved"), device="cpu", dtype=torch.bfloat16)) == checksum
+    assert vectors_checksum(loaded.encoder) == checksum
+    narrow = GIRCSE(str(tmp_path / "saved"), device="cpu", dtype=torch.bfloat16)
+    assert vectors_checksum(narrow.encoder) == checksum
     model.encoder.configure(pooling="last")
-    assert model_checksum(model) != checksum
+    assert vectors_checksum(model.encoder) != checksum

@@ -38,6 +38,9 @@ WeightsDtype = Literal["float32", "bfloat16", "float16"]
 Dtype = Literal["auto", WeightsDtype]
 DTYPE_HELP = "Of the weights; auto: bfloat16 where the hardware is fast at it, else float32."
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help=DTYPE_HELP)]
+Quantize = Literal["int8"]
+QUANTIZE_HELP = "8-bit weights, on a CPU: a third of float32's memory at about its speed. Vectors change a little."
+QuantizeOption = Annotated[Quantize | None, typer.Option("--quantize", help=QUANTIZE_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -68,11 +71,12 @@ def load_model(
     device: str | None = None,
     dtype: Dtype = "auto",
     num_steps: int | None = None,
+    quantize: Quantize | None = None,
 ) -> GIRCSE:
     """The model that a verb's options name, with a spinner while it loads.
 
     Raises:
-        UsageError: Both a model and a backbone are named.
+        UsageError: Both a model and a backbone are named, or the machine has no 8-bit products.
         GircseError: The model or its backbone is not to be had.
     """
     if model is not None and backbone is not None:
@@ -93,6 +97,8 @@ def load_model(
                 loaded = GIRCSE.from_backbone(backbone, device=device, dtype=weights)
             else:
                 loaded = GIRCSE(model, device=device, dtype=weights)
+    if quantize:
+        loaded.quantize_weights()
     if num_steps is not None:
         loaded.num_steps = num_steps
     return loaded

@@ -29,6 +29,8 @@ from gircse.cli.common import (
     JsonOption,
     ModelOption,
     NumStepsOption,
+    Quantize,
+    QuantizeOption,
     concrete_dtype,
     load_model,
     stderr,
@@ -109,6 +111,7 @@ def embed(
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -182,7 +185,7 @@ def embed(
             )
         summary, settings = _embed_on_ray(
             source, input_format, column, id_column, skip_bad, output, resume, settings_of,
-            load=_WorkerModel(model, device, concrete_dtype(dtype, device)), address=ray, workers=ray_workers,
+            load=_WorkerModel(model, device, concrete_dtype(dtype, device), quantize), address=ray, workers=ray_workers,
         )  # fmt: skip
         _close(
             summary,
@@ -195,7 +198,7 @@ def embed(
         reader = CorpusReader(source, input_format, column=column, id_column=id_column, skip_bad=skip_bad)
         refuse_existing(output, resume=resume, overwrite=overwrite)
         reader.peek()
-        encoder = load_model(model, device=device, dtype=dtype)
+        encoder = load_model(model, device=device, dtype=dtype, quantize=quantize)
         settings = settings_of(encoder, _environment(encoder))
         with _Display(stderr, reader.count_rows()) as display:
             summary = embed_corpus(
@@ -212,16 +215,18 @@ class _WorkerModel:
         model: As --model.
         device: As --device; the worker's own choice where None.
         dtype: Of the weights, as ``auto`` means it where the driver runs: all must have the same.
+        quantize: As --quantize.
         checksum: Of the driver's model; not compared where None.
     """
 
     model: str | None
     device: str | None
     dtype: Dtype
+    quantize: Quantize | None = None
     checksum: str | None = None
 
     def __call__(self) -> GIRCSE:
-        loaded = load_model(self.model, device=self.device, dtype=self.dtype)
+        loaded = load_model(self.model, device=self.device, dtype=self.dtype, quantize=self.quantize)
         if self.checksum is not None and _model_checksum(loaded) != self.checksum:
             raise GircseError(
                 f"the model {self.model or 'default'} of a worker is not that of the driver; copy it there"
@@ -297,7 +302,7 @@ def _environment(model: GIRCSE) -> dict[str, str | int]:
     return {
         "backbone": model.encoder.reference.name,
         "device": f"{kind} ({chip})",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": model.encoder.weights_dtype,
         "packed_weights": str(model.encoder.packed_weights.enabled),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,

@@ -19,6 +19,8 @@ from gircse.cli.common import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    Quantize,
+    QuantizeOption,
     WeightsDtype,
     backbone_of,
     prepare_backbone,
@@ -95,6 +97,7 @@ def evaluate(
     ] = False,
     device: DeviceOption = None,
     dtype: Annotated[WeightsDtype, typer.Option("--dtype", help="Of the weights.")] = "float32",
+    quantize: QuantizeOption = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -146,7 +149,7 @@ def evaluate(
     scored: list[Event] = []
     for name in models:
         try:
-            source = _load(name, steps, device, dtype)
+            source = _load(name, steps, device, dtype, quantize)
         except Exception as error:  # also what a damaged folder or a full GPU raises: the other models go on
             if len(models) == 1:
                 raise
@@ -201,12 +204,14 @@ def _check_model(name: str | None) -> None:
         raise UsageError(f"no model {name!r}: {where}; a known name is {MINILM}")
 
 
-def _load(name: str | None, steps: Sequence[int] | None, device: str | None, dtype: WeightsDtype) -> TextSource:
+def _load(
+    name: str | None, steps: Sequence[int] | None, device: str | None, dtype: WeightsDtype, quantize: Quantize | None
+) -> TextSource:
     from gircse.evaluate.encoder import load_source
 
     prepare_backbone(backbone_of(name))
     with stderr.status(f"loading {name or 'the model'}"), quiet_libraries():
-        return load_source(name, steps, device=device, dtype=dtype)
+        return load_source(name, steps, device=device, dtype=dtype, quantize=quantize)
 
 
 def _read_instructions(path: Path) -> dict[str, list[Wording]]:

@@ -24,7 +24,7 @@ from gircse.cli.common import (
 from gircse.errors import UsageError
 
 if TYPE_CHECKING:
-    from gircse.model import SoftTokenContent
+    from gircse.explanation import SoftTokenContent
 
 
 def explain(

@@ -22,6 +22,7 @@ from gircse.cli.common import (
     JsonOption,
     ModelOption,
     NumStepsOption,
+    QuantizeOption,
     load_model,
     stderr,
 )
@@ -74,6 +75,7 @@ def index(
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -105,7 +107,7 @@ def index(
     ids = id_column or (had.id_column if had else None)
     documents = DocumentCorpus(CorpusReader(corpus, input_format, column=text_column, id_column=ids, skip_bad=skip_bad))
     documents.reader.peek()
-    encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype)
+    encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype, quantize=quantize)
     settings = _settings(
         encoder,
         had,
@@ -148,12 +150,13 @@ def _settings(
     id_column: str | None,
 ) -> IndexSettings:
     """What was asked for; else what the index was made with; else the defaults."""
-    from gircse.search.manifest import IndexSettings, model_checksum
+    from gircse.checksum import vectors_checksum
+    from gircse.search.manifest import IndexSettings
 
     prompt = encoder.prompts.get("document") or ""
     fresh = IndexSettings(
         model=os.path.abspath(model) if model is not None and Path(model).is_dir() else model,
-        model_checksum=model_checksum(encoder),
+        model_checksum=vectors_checksum(encoder.encoder),
         num_steps=encoder.num_steps,
         document_prompt=prompt,
         dimension=encoder.get_embedding_dimension() or 0,

@@ -18,6 +18,7 @@ from gircse.cli.common import (
     JsonOption,
     ModelOption,
     NumStepsOption,
+    QuantizeOption,
     load_model,
     stderr,
 )
@@ -41,6 +42,7 @@ def rerank(
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -57,7 +59,7 @@ def rerank(
     from gircse.embed.reader import CorpusReader
 
     rows = list(CorpusReader(source, input_format, column=column, id_column=id_column))
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
 
     from gircse.search.rerank import rerank as rank
 

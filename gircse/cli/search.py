@@ -21,6 +21,8 @@ from gircse.cli.common import (
     JsonOption,
     ModelOption,
     NumStepsOption,
+    Quantize,
+    QuantizeOption,
     load_model,
     stderr,
 )
@@ -57,6 +59,7 @@ def search(
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -75,7 +78,7 @@ def search(
     found = open_index(index)
     found.check(query, where, num_steps)
     if mode != "text" or rerank_steps is not None:
-        load_index_model(found, model, device=device, dtype=dtype)
+        load_index_model(found, model, device=device, dtype=dtype, quantize=quantize)
     hits = found.search(
         query,
         mode=mode,
@@ -116,13 +119,15 @@ def open_index(folder: Path) -> SearchIndex:
     return index
 
 
-def load_index_model(index: SearchIndex, model: str | None, *, device: str | None, dtype: Dtype) -> GIRCSE:
+def load_index_model(
+    index: SearchIndex, model: str | None, *, device: str | None, dtype: Dtype, quantize: Quantize | None = None
+) -> GIRCSE:
     """The model that made an index; one that a person names must be that one.
 
     Raises:
         GircseError: It is another one, or is not to be had.
     """
-    loaded = load_model(model or index.manifest.settings.model, device=device, dtype=dtype)
+    loaded = load_model(model or index.manifest.settings.model, device=device, dtype=dtype, quantize=quantize)
     index.use_model(loaded)
     return loaded
 

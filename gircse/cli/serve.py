@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gircse.cli.common import DTYPE_HELP, Dtype, load_model, stderr
+from gircse.cli.common import DTYPE_HELP, QUANTIZE_HELP, Dtype, Quantize, load_model, stderr
 from gircse.errors import MissingExtraError
 from gircse.serve.settings import MAX_ITEMS, LongTexts, ServeSettings
 
@@ -35,6 +35,7 @@ def serve(
         _option("--device", "cpu, cuda, cuda:1, mps ...; the best there is where not given.", _MODEL),
     ] = None,
     dtype: Annotated[Dtype, _option("--dtype", DTYPE_HELP, _MODEL)] = "auto",
+    quantize: Annotated[Quantize | None, _option("--quantize", QUANTIZE_HELP, _MODEL)] = None,
     num_steps: Annotated[
         int | None, _option("--num-steps", "K where a request names none; the model's where not given.", _MODEL, min=0)
     ] = None,
@@ -141,7 +142,7 @@ def serve(
         stderr.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} may use this server; set GIRCSE_API_KEY"
         )
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
     from gircse.serve.logs import configure_logging
     from gircse.serve.run import run
     from gircse.serve.service import Service

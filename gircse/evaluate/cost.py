@@ -62,6 +62,7 @@ class TransformerSize:
 def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
     """Sizes of a model's transformer; None where its parts are not told apart."""
     from gircse.encoder import GenerativeEncoder
+    from gircse.int8 import Int8Linear
 
     first: Any = model[0]
     generative = isinstance(first, GenerativeEncoder)
@@ -69,10 +70,11 @@ def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
     config: Any = getattr(transformer, "config", None)
     if transformer is None or not hasattr(config, "num_attention_heads"):
         return None
+    quantized = sum(m.in_features * m.out_features for m in transformer.modules() if isinstance(m, Int8Linear))
     embeddings = {id(p) for m in transformer.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     heads, width = int(config.num_attention_heads), int(config.hidden_size)
     return TransformerSize(
-        parameters=sum(p.numel() for p in transformer.parameters() if id(p) not in embeddings),
+        parameters=quantized + sum(p.numel() for p in transformer.parameters() if id(p) not in embeddings),
         layers=int(config.num_hidden_layers),
         attention_width=heads * int(getattr(config, "head_dim", None) or width // heads),
         vocabulary=int(first.decoder.vocabulary.embedding.num_embeddings) if generative else 0,

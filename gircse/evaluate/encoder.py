@@ -74,7 +74,7 @@ class GenerativeSource:
             raise UsageError("--num-steps needs numbers of 0 or more, such as 0,1,5")
         self.model, self.name, self.revision, self.batch_tokens = model, name, revision, batch_tokens
         self.steps: tuple[int | None, ...] = tuple(sorted(set(steps)))
-        self.dtype = _dtype(model)
+        self.dtype = model.encoder.weights_dtype
         self.size = transformer_size(model)
 
     def prompt(self, instruction: str | None, prompt_type: PromptType | None) -> str:
@@ -295,6 +295,7 @@ def load_source(
     *,
     device: str | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     batch_tokens: int | None = None,
 ) -> TextSource:
     """A model by folder, hub id or known name.
@@ -305,6 +306,7 @@ def load_source(
             K = 0 alone, which a warning in the log says; other models than GIRCSE have no K.
         device: As SentenceTransformer takes it.
         dtype: Of the weights.
+        quantize: ``int8`` for 8-bit weights, which GIRCSE models alone can have.
         batch_tokens: Padded tokens a batch.
 
     Raises:
@@ -317,6 +319,8 @@ def load_source(
     if name is None or _is_generative(name):
         generative = GIRCSE(name, device=device, dtype=weights)
         shown, revision = _identity(name, generative)
+        if quantize:
+            generative.quantize_weights()
         return GenerativeSource(generative, _scored_steps(generative, steps, shown), shown, revision, batch_tokens)
     model = load_other_model(name, device=device, dtype=weights)
     return PlainSource(model, *_identity(name, model))

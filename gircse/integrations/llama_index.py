@@ -8,9 +8,9 @@ import os
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from gircse.checksum import vectors_checksum
 from gircse.errors import MissingExtraError, UsageError
 from gircse.integrations import Embedder
-from gircse.search.manifest import model_checksum
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -101,5 +101,5 @@ _OBJECT = "object:"
 
 def _name_of_object(model: GIRCSE) -> str:
     """Another name wherever vectors may differ: by it LlamaIndex decides whether those of its cache may be used."""
-    facts = [model_checksum(model), model.prompts, model.num_steps, model.max_seq_length, model.truncate_dim]
+    facts = [vectors_checksum(model.encoder), model.prompts, model.num_steps, model.max_seq_length, model.truncate_dim]
     return _OBJECT + sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from gircse.errors import GircseError, UsageError
 from gircse.search import DEFAULT_CHUNK_OVERLAP, DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW
 
 if TYPE_CHECKING:
-    from gircse.model import GIRCSE
     from gircse.search.corpus import MetadataType
 
 FORMAT = 1
@@ -30,7 +28,7 @@ class IndexSettings:
 
     Attributes:
         model: Folder or hub id to load it from; None is the model that ships with the package. Not compared.
-        model_checksum: See `model_checksum`.
+        model_checksum: Of what vectors depend on; see `gircse.checksum`.
         num_steps: K, of documents and queries alike.
         document_prompt: Put before every chunk.
         dimension: Length of a vector.
@@ -125,23 +123,3 @@ class Manifest:
     def remove(folder: Path) -> None:
         """Make the folder no index any more."""
         (folder / _FILE).unlink(missing_ok=True)
-
-
-def model_checksum(model: GIRCSE) -> str:
-    """SHA-256 of what vectors depend on: the backbone's checksum, the trained weights, pooling and temperature.
-
-    The same whether the weights are loaded as float32 or bfloat16, whose vectors may be mixed.
-    """
-    import torch
-
-    encoder = model.encoder
-    refinement, weights = encoder.refinement, encoder.get_config_dict()["weights"]
-    facts = [encoder.reference.sha256, weights, refinement.pooling, refinement.temperature]
-    if refinement.attention != "causal":  # which older indexes do not say
-        facts.append(refinement.attention)
-    digest = sha256(json.dumps(facts).encode())
-    for name, parameter in sorted(encoder.backbone.named_parameters()):
-        if weights == "full" or (weights == "adapter" and "lora_" in name):
-            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8)
-            digest.update(name.encode() + rounded.numpy().tobytes())
-    return digest.hexdigest()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.search import DEFAULT_CANDIDATES, SearchMode
 from gircse.search.index import embed_chunks
-from gircse.search.manifest import Manifest, model_checksum
+from gircse.search.manifest import Manifest
 from gircse.search.rerank import embed_query
 from gircse.search.table import ChunkTable
 
@@ -77,7 +78,7 @@ class SearchIndex:
         Raises:
             GircseError: It is not the one that embedded the documents.
         """
-        if model_checksum(model) != self.manifest.settings.model_checksum:
+        if vectors_checksum(model.encoder) != self.manifest.settings.model_checksum:
             name = self.manifest.settings.model or "another version of the model that ships with gircse"
             raise GircseError(
                 f"{self.folder} was made with {name}, whose weights are not those of the model given; "

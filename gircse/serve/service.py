@@ -29,7 +29,8 @@ from gircse.serve.settings import ServeSettings, fit_to_model
 
 if TYPE_CHECKING:
     from gircse.encoder import TokenizedTexts
-    from gircse.model import GIRCSE, SoftTokenContent
+    from gircse.explanation import SoftTokenContent
+    from gircse.model import GIRCSE
 
 logger = logging.getLogger("gircse.serve")
 

@@ -1,0 +1,67 @@
+"""What soft tokens are made of: the heaviest vocabulary entries of each, and how far it moved the embedding.
+
+Knows a model and its decoder; knows nothing of batches, files or how it is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from gircse.refiner import pool_steps, refine
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+
+@dataclass(frozen=True)
+class SoftTokenContent:
+    """What one soft token is made of.
+
+    Attributes:
+        step: 1 for the soft token that follows the prompt.
+        tokens: The heaviest vocabulary entries as text, heaviest first.
+        weights: Their weights in the softmax, in the same order.
+        entropy: Of the whole distribution, in nats; 0 is a single token, log V no preference at all.
+        movement: 1 − cos(z_{k−1}, z_k): how far this step moved the embedding; None for the first.
+    """
+
+    step: int
+    tokens: list[str]
+    weights: list[float]
+    entropy: float
+    movement: float | None
+
+
+@torch.inference_mode()
+def soft_token_contents(
+    model: GIRCSE, text: str, prompt: str | None, num_steps: int, top: int, max_length: int | None = None
+) -> list[SoftTokenContent]:
+    """One entry for each of K soft tokens about a text; arguments as in `GIRCSE.explain`."""
+    model.eval()
+    encoder, decoder = model.encoder, model.encoder.decoder
+    encoder.refinement.check_steps(num_steps)
+    encoder.settle_adapter()
+    features = encoder.pad(model.tokenize_texts([text], prompt, max_length).ids)
+    features = {name: value.to(model.device) for name, value in features.items()}
+    temperature = encoder.refinement.temperature
+    ids, mask = features["input_ids"], features["attention_mask"]
+    states = refine(decoder, ids, mask, num_steps=num_steps, temperature=temperature)[0]  # (K + 1, d)
+    probabilities = decoder.vocabulary.probabilities(states[:-1], temperature)  # (K, V)
+    weights, heaviest = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+    entropies = torch.special.entr(probabilities).sum(dim=-1)
+    pooled = F.normalize(pool_steps(states[None], encoder.refinement.pooling)[0], dim=-1)
+    moved = [None, *(1 - (pooled[:-1] * pooled[1:]).sum(dim=-1)).tolist()]
+    return [
+        SoftTokenContent(
+            step=step + 1,
+            tokens=[str(encoder.tokenizer.decode([token])) for token in heaviest[step].tolist()],
+            weights=weights[step].tolist(),
+            entropy=float(entropies[step]),
+            movement=moved[step],
+        )
+        for step in range(num_steps)
+    ]
