@@ -1,9 +1,9 @@
 """Linear layers with weights of 8 bits, for inference on a CPU: a third of the memory, and products of whole numbers.
 
 Knows linear layers and oneDNN's integer product; knows nothing of soft tokens, texts or checkpoints. Every row of a
-weight matrix has a scale of its own. An input is not rounded to 8 bits: where two batches differ by a last bit, rounding
-would make a whole step of it, and the same text would get two vectors. It goes through the product in two parts of 8
-bits, each row with a scale of its own, which together keep it to 16. docs/experiments.md has what both cost.
+weight matrix has a scale of its own. An input is not rounded to 8 bits: where two batches differ by a last bit,
+rounding would make a whole step of it, and the same text would get two vectors. It goes through the product in two
+parts of 8 bits, each row with a scale of its own, which together keep it to 16. docs/experiments.md has what both cost.
 """
 
 from __future__ import annotations
