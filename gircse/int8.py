@@ -98,12 +98,12 @@ class Int8Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_zeros")}
-        return {**state, "_integers": self.integers()}
+        # By value: PyTorch hands tensors to other processes by file descriptors, which end with a tensor of the moment.
+        return {**state, "_integers": self.integers().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        integers = state.pop("_integers")
-        super().__setstate__(state)
-        self._pack(integers)
+        super().__setstate__({name: value for name, value in state.items() if name != "_integers"})
+        self._pack(torch.from_numpy(state["_integers"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         made = self.__class__.__new__(self.__class__)

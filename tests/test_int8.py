@@ -217,3 +217,13 @@ def test_every_verb_that_has_the_flag_heeds_it(
     ):
         result = CliRunner().invoke(app, [*arguments, "--model", saved, "--quantize", "int8"])
         assert str(result.exception) == "quantized", (arguments, result.output, result.exception)
+
+
+@pytest.mark.slow
+def test_other_processes_get_the_weights(quantized: GIRCSE) -> None:
+    pool = quantized.start_multi_process_pool(["cpu"])
+    try:
+        vectors = quantized.encode(TEXTS, pool=pool)
+    finally:
+        quantized.stop_multi_process_pool(pool)
+    assert (1 - torch.diag(quantized.similarity(vectors, quantized.encode(TEXTS)))).max() < 1e-5
