@@ -27,6 +27,7 @@ import torch
 from encode_speed import INSTRUCTION, read_mix
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import ndcg_score
 
 from gircse.hardware import return_freed_memory
 from gircse.model import GIRCSE
@@ -78,14 +79,6 @@ def read_task(folder: Path, questions: int, others: int) -> tuple[list[str], lis
     return [asked[query] for query in ids], [corpus[passage] for passage in kept], relevant
 
 
-def ndcg(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Mean nDCG@10 × 100."""
-    discounts = 1 / np.log2(np.arange(2, 12))
-    best = np.take_along_axis(relevant, np.argsort(-scores, axis=1)[:, :10], axis=1) @ discounts
-    ideal = np.array([discounts[: min(10, count)].sum() for count in relevant.sum(axis=1)])
-    return float(100 * (best / ideal).mean())
-
-
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,7 +112,7 @@ def main() -> None:
         tasks[task] = {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min())}
         for first in models:
             for second in models:
-                score = ndcg(vectors[first][0] @ vectors[second][1].T, relevant)
+                score = 100 * float(ndcg_score(relevant, vectors[first][0] @ vectors[second][1].T, k=10))
                 tasks[task][f"questions {first}, passages {second}"] = score
                 table.add_row(
                     task, first, second, f"{score:.1f}", f"{cosines.mean():.4f}, {cosines.min():.4f} at least"

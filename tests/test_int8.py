@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,3 +229,20 @@ def test_other_processes_get_the_weights(quantized: GIRCSE) -> None:
     finally:
         quantized.stop_multi_process_pool(pool)
     assert (1 - torch.diag(quantized.similarity(vectors, quantized.encode(TEXTS)))).max() < 1e-5
+
+
+def test_other_models_keep_their_weights_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mteb")
+    from gircse.evaluate import encoder
+
+    def stop(name: str, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoder, "load_other_model", stop)
+    for quantize, told in ((None, []), ("int8", ["all-minilm-l6-v2 is no GIRCSE model"])):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, logger="gircse"):
+            encoder.load_source("all-minilm-l6-v2", None, quantize=quantize)
+        assert [record.message.split(":")[0] for record in caplog.records] == told

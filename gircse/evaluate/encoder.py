@@ -306,7 +306,7 @@ def load_source(
             K = 0 alone, which a warning in the log says; other models than GIRCSE have no K.
         device: As SentenceTransformer takes it.
         dtype: Of the weights.
-        quantize: ``int8`` for 8-bit weights, which GIRCSE models alone can have.
+        quantize: ``int8`` for 8-bit weights. Other models than GIRCSE keep theirs, which a warning in the log says.
         batch_tokens: Padded tokens a batch.
 
     Raises:
@@ -314,6 +314,8 @@ def load_source(
     """
     weights = getattr(torch, dtype)
     if name is not None and name.lower() == MINILM:
+        if quantize:
+            _tell_not_quantized(name)
         model = load_other_model(name, device=device, dtype=weights)
         return PlainSource(model, "sentence-transformers/all-MiniLM-L6-v2", folder_revision(minilm_folder()))
     if name is None or _is_generative(name):
@@ -322,8 +324,14 @@ def load_source(
         if quantize:
             generative.quantize_weights()
         return GenerativeSource(generative, _scored_steps(generative, steps, shown), shown, revision, batch_tokens)
+    if quantize:
+        _tell_not_quantized(name)
     model = load_other_model(name, device=device, dtype=weights)
     return PlainSource(model, *_identity(name, model))
+
+
+def _tell_not_quantized(name: str) -> None:
+    logger.warning("%s is no GIRCSE model: scored with its own weights, not with 8-bit ones", name)
 
 
 def _scored_steps(model: GIRCSE, asked: Sequence[int] | None, name: str) -> Sequence[int]:
