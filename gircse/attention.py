@@ -1,6 +1,7 @@
-"""Attention as this project's models compute it: transformers' ``sdpa`` with two changes.
+"""Attention as this project's models compute it: transformers' ``sdpa`` with three changes.
 
-Knows transformers' attention functions; knows nothing of models or texts. On a CPU PyTorch computes attention of
+Knows transformers' attention functions; knows nothing of models or texts. On a CPU keys and values that several heads
+share are not copied for each of them: PyTorch's attention needs no copies there. And PyTorch computes attention of
 bfloat16 by small products that only AMX makes fast: without it, forward takes twice and backward five times as long as
 in float32, so it is computed in float32 there. On a GPU padding sees something: of rows that see nothing cuDNN's
 backward pass makes gradients that are no numbers where a prompt has 64 tokens (pytorch/pytorch#196678).
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -41,7 +43,7 @@ def attention_dtype(transformer: nn.Module, states: Tensor) -> torch.dtype:
 def sdpa_float32_on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' ``sdpa``, for bfloat16 on a CPU without AMX in float32.
+    """Transformers' ``sdpa``; on a CPU without copies of shared keys and values, without AMX bfloat16 in float32.
 
     Args:
         module: The attention layer.
@@ -54,12 +56,45 @@ def sdpa_float32_on_cpu(
     Returns:
         (B, N, heads, d_head) in the dtype of the query, and None for the weights.
     """
+    shared = _are_shared_by_heads(query, key, attention_mask, options)
+    compute = _sdpa_of_shared_heads if shared else sdpa_attention_forward
     if not _is_faster_in_float32(query, module):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return compute(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
-    out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    out, weights = compute(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(query.dtype), weights
+
+
+def _are_shared_by_heads(query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether transformers would copy keys and values for every head of a CPU's queries, and nothing else is asked for.
+
+    It does not where there is no mask or a single query; its reason, that masked attention of shared heads falls back
+    to a slow path, is one of GPUs.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.shape[1] != key.shape[1]
+        and query.shape[2] > 1
+        and attention_mask is not None
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    )
+
+
+def _sdpa_of_shared_heads(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def visible_mask(*args: Any, **options: Any) -> Tensor | None:

@@ -1,16 +1,18 @@
-"""Attention in float32 without AMX, and padding that sees something: the same numbers."""
+"""Shared heads, attention in float32 without AMX, and padding that sees something: the same numbers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gircse import GIRCSE
 from gircse import attention as attention_module
-from gircse.attention import ATTENTION
+from gircse.attention import ATTENTION, sdpa_float32_on_cpu
 from gircse.refiner import refine
 
 TEXTS = ["a cat", "a much longer text about dogs and cats", "x"]
@@ -26,13 +28,13 @@ def test_attention_is_computed_in_float32_without_amx(
 ) -> None:
     monkeypatch.setattr(attention_module, "_has_amx", lambda: amx)
     seen = set()
-    plain = attention_module.sdpa_attention_forward
+    plain = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(module: object, query: torch.Tensor, key: torch.Tensor, *args: object, **options: object) -> object:
+    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         seen.add((query.dtype, key.dtype))
-        return plain(module, query, key, *args, **options)  # type: ignore[arg-type]
+        return plain(query, key, *args, **options)
 
-    monkeypatch.setattr(attention_module, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model = load(backbone)
     model.encode(TEXTS)
     dtype = torch.bfloat16 if amx else torch.float32
@@ -40,6 +42,25 @@ def test_attention_is_computed_in_float32_without_amx(
     seen.clear()
     model.train()(model.encoder.preprocess(TEXTS))
     assert seen == {(torch.float32, torch.float32)}, "AMX does not make training faster"
+
+
+@pytest.mark.parametrize("masked", ["bool", "added"])
+def test_shared_keys_and_values_are_not_copied_for_every_head(masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module: Any = SimpleNamespace(num_key_value_groups=3, training=False, is_causal=True)
+    states = [torch.randn(4, heads, length, 8, requires_grad=True) for heads, length in ((6, 5), (2, 7), (2, 7))]
+    mask = torch.ones(4, 1, 5, 7, dtype=torch.bool).tril(2)
+    mask[1, :, :, :3] = False
+    if masked == "added":
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
+    weights = torch.randn(4, 5, 6, 8)
+    results = []
+    for compute in (sdpa_attention_forward, sdpa_float32_on_cpu):
+        out, _ = compute(module, *states, mask, scaling=0.3)
+        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), states)))
+        monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)  # a call would fail
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_those_of_plain_attention(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
