@@ -93,6 +93,11 @@ def test_a_dry_run_looks_for_the_model_to_start_from_and_for_the_teacher(
     assert "teacher: " in shown
     assert "is no SentenceTransformer" in shown
     assert "24 examples" in shown, "the rest is told all the same"
+    content |= {"start_from": "smollm2-135m"}
+    with pytest.raises(typer.Exit):
+        verb(write(folder, content), dry_run=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "start_from: smollm2-135m is a backbone, no trained model; start_from: shipped is the model" in shown
     content |= {"start_from": None, "loss": {"teacher": "all-minilm-l6-v2"}}
 
     def missing() -> Path:

@@ -26,7 +26,8 @@ from gircse.other_models import MINILM, is_on_hub, minilm_folder
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.train.answers import ANSWER_COLUMN
 from gircse.train.data import load_training_data, steps_an_epoch
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
+from gircse.train.start import saved_model
 
 SAMPLE = 500
 """Rows tokenised of every source: enough for a histogram."""
@@ -144,7 +145,8 @@ def describe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _find_start(place: str) -> None:
-    if not is_shipped(place) and not _is_there(place):
+    found = saved_model(place)
+    if found is not None and not _is_there(found):
         raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
 
 

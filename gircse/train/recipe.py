@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from gircse.encoder import RefinementConfig
+from gircse.checkpoint import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.losses import StepWeights, TeacherPairs
 from gircse.refiner import Attention, Pooling
@@ -297,10 +297,6 @@ class EvaluationSection(_Section):
     every: int = Field(default=100, ge=1)
 
 
-SHIPPED = "shipped"
-"""What ``start_from`` calls the model that comes with the package."""
-
-
 class Recipe(_Section):
     """A whole training run."""
 
@@ -434,11 +430,6 @@ def warm_up_advice(recipe: Recipe, steps: int) -> str | None:
     return (
         f"{steps} steps are no more than the {warm_up} of warm-up: raise training.epochs or lower training.warmup_steps"
     )
-
-
-def is_shipped(place: str) -> bool:
-    """Whether a ``start_from`` means the model that comes with the package, and no folder that is called so."""
-    return place == SHIPPED and not Path(place).is_dir()
 
 
 def chosen_trackers(recipe: Recipe) -> list[str]:

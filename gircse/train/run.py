@@ -30,7 +30,8 @@ from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, TimeLimit, random_state_kept
 from gircse.train.data import SameSourceBatches, load_training_data, source_path, steps_an_epoch
 from gircse.train.fused_lora import fused_lora
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, is_shipped, warm_up_advice
+from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, warm_up_advice
+from gircse.train.start import saved_model
 from gircse.train.teacher import keep_vectors, load_teacher
 
 try:
@@ -231,7 +232,7 @@ def _untrained(recipe: Recipe) -> GIRCSE:
 
 def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     """The model to start from, its adapter or weights trainable again."""
-    model = GIRCSE(None if is_shipped(place) else place, dtype=getattr(torch, recipe.training.dtype))
+    model = GIRCSE(saved_model(place), dtype=getattr(torch, recipe.training.dtype))
     encoder, backbone = model.encoder, model.encoder.backbone
     if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
         raise GircseError(
