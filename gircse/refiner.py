@@ -79,8 +79,13 @@ def refine(
     prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits, worth=worth)
     order = [row for prompt in prompts for row in prompt.rows]
     prefixes: dict[tuple[int, ...], DynamicCache] = {}
-    caches = [_start_cache(decoder, prompt, prefixes) for prompt in prompts]
-    first = torch.cat([_prompt_pass(decoder, *pair, keep=num_steps > 0) for pair in zip(prompts, caches, strict=True)])
+    caches, firsts = [], []
+    for prompt in prompts:
+        cache = _start_cache(decoder, prompt, prefixes)
+        firsts.append(_prompt_pass(decoder, prompt, cache, keep=num_steps > 0))
+        if num_steps:  # else one group's is all that is held at a time
+            caches.append(cache)
+    first = torch.cat(firsts)
     if num_steps == 0:
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
