@@ -5,9 +5,10 @@
 
 Three mixes of real texts: short (STSBenchmark sentences under an instruction), medium (news under an instruction), long
 (scientific abstracts cut to 140 words, plain). ``encode`` is this project's; ``encoder`` is sentence-transformers with
-last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights,
-``int8 encode ...`` with 8-bit ones, if ``--variants`` asks for it); ``recompute`` runs the whole sequence again for
-every soft token, as the paper's code does in training; ``dynamic cache`` is a plain loop over transformers' cache.
+last-token pooling and its default batching, over the same merged weights (``bfloat16 ...``: both with 16-bit weights;
+``int8 encode ...`` with 8-bit ones and ``packed encode ...`` with packed ones alone, if ``--variants`` asks for them);
+``recompute`` runs the whole sequence again for every soft token, as the paper's code does in training; ``dynamic
+cache`` is a plain loop over transformers' cache.
 All in one process, in turn, medians. Peak memory is that of a fresh process each, beyond the loaded model. Writes
 benchmarks/results/encode_speed.json.
 """
@@ -42,6 +43,7 @@ from gircse.refiner import pool_steps, recompute_states
 from gircse.train.plan import matrix_rate
 
 INSTRUCTION = "Retrieve semantically similar text"
+FROZEN = {"int8": GIRCSE.quantize_weights, "packed": GIRCSE.pack_weights}
 Encode = Callable[[], object]
 
 
@@ -145,13 +147,11 @@ def make_half_variants(
     return {f"bfloat16 {name}": variants[name] for name in ("encoder", "encode K=0", "encode K=5", "encode K=20")}
 
 
-def make_int8_variants(model: GIRCSE, texts: list[str], instruction: str | None) -> dict[str, Encode]:
-    """`encode` with 8-bit weights."""
+def make_frozen_variants(kind: str, model: GIRCSE, texts: list[str], instruction: str | None) -> dict[str, Encode]:
+    """`encode` with weights of a kind of `FROZEN`."""
     prompt = "" if instruction is None else model.format_instruction(instruction)
-    model.quantize_weights()
-    return {
-        f"int8 encode K={steps}": partial(model.encode, texts, prompt=prompt, num_steps=steps) for steps in (0, 5, 20)
-    }
+    encode = partial(FROZEN[kind](model).encode, texts, prompt=prompt)
+    return {f"{kind} encode K={steps}": partial(encode, num_steps=steps) for steps in (0, 5, 20)}
 
 
 def floor_seconds(model: GIRCSE, ids: list[list[int]], num_steps: int, rate: float) -> float:
@@ -187,8 +187,8 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
     if arguments.memory_of.startswith("bfloat16"):
         model = load_model(arguments, "bfloat16")
         variants = make_half_variants(model, folder, texts, instruction, arguments.batch)
-    elif arguments.memory_of.startswith("int8"):
-        variants = make_int8_variants(model, texts, instruction)
+    elif (kind := arguments.memory_of.split()[0]) in FROZEN:
+        variants = make_frozen_variants(kind, model, texts, instruction)
     else:
         variants = make_variants(model, folder, texts, instruction, arguments.batch)
     print(peak_rise(variants[arguments.memory_of], arguments.device))
@@ -233,8 +233,8 @@ def main() -> None:
             if any(name.startswith("bfloat16") for name in arguments.variants):
                 half = load_model(arguments, "bfloat16")
                 variants |= make_half_variants(half, folder, texts, instruction, arguments.batch)
-            if any(name.startswith("int8") for name in arguments.variants):
-                variants |= make_int8_variants(load_model(arguments, arguments.dtype), texts, instruction)
+            for kind in {name.split()[0] for name in arguments.variants} & FROZEN.keys():
+                variants |= make_frozen_variants(kind, load_model(arguments, arguments.dtype), texts, instruction)
             variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):

@@ -1,4 +1,4 @@
-"""What 8-bit weights save in memory, and what they do to vectors and to search, alone and mixed with float32's.
+"""What packed and 8-bit weights save in memory, and what 8 bits do to vectors and to search, alone and mixed.
 
     python benchmarks/int8_weights.py --data DATA/eval
 
@@ -32,14 +32,16 @@ from sklearn.metrics import ndcg_score
 from gircse.hardware import return_freed_memory
 from gircse.model import GIRCSE
 
-KINDS = ("float32", "float32 unpacked", "bfloat16", "int8")
+KINDS = ("float32", "float32 unpacked", "float32 pack_weights", "bfloat16", "bfloat16 pack_weights", "int8")
 
 
 def load(kind: str) -> GIRCSE:
     """The model that ships, with weights of a kind."""
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
     model = GIRCSE(dtype=dtype, device="cpu")
     model.encoder.packed_weights.enabled = "unpacked" not in kind
+    if kind.endswith("pack_weights"):
+        model.pack_weights()
     return model.quantize_weights() if kind == "int8" else model
 
 

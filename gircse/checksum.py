@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def vectors_checksum(encoder: GenerativeEncoder) -> str:
     """SHA-256 of what vectors depend on: the backbone's checksum, the trained weights, pooling and temperature.
 
-    The same whether the weights are loaded as float32 or bfloat16 or have been quantised since: their vectors may be
-    mixed.
+    The same whether the weights are loaded as float32 or bfloat16, or have been quantised or packed since: such
+    vectors may be mixed.
     """
-    if encoder.checksum_before_quantizing is not None:
-        return encoder.checksum_before_quantizing
+    if encoder.checksum_before_freezing is not None:
+        return encoder.checksum_before_freezing
     refinement, weights = encoder.refinement, encoder.get_config_dict()["weights"]
     facts = [encoder.reference.sha256, weights, refinement.pooling, refinement.temperature]
     if refinement.attention != "causal":  # which older indexes do not say

@@ -6,8 +6,10 @@ Knows tokenisation, pooling and the checkpoint's layout; knows nothing of losses
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +22,22 @@ from transformers.utils import logging as transformers_logging
 
 from gircse.adapter import bytes_to_fold, can_fold, fold, lora_layers, narrow, unfold, widen
 from gircse.attention import use_fastest_attention
+from gircse.checkpoint import BackboneReference, Checkpoint, RefinementConfig
 from gircse.checksum import vectors_checksum
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
+from gircse.frozen_linear import FrozenLinear, freeze_linear_layers
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
-from gircse.int8 import check_int8, quantize_linear_layers
+from gircse.int8 import Int8Linear, check_int8
 from gircse.norms import use_fused_norms
+from gircse.packed_linear import PackedLinear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
-from gircse.refiner import ATTENTIONS, POOLINGS, encode_prompt, keep_finished, pool_steps, refine
+from gircse.refiner import encode_prompt, keep_finished, pool_steps, refine
 from gircse.step_graphs import StepGraphs
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
-
-INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
-"""The paper's query format (appendix A): the text follows immediately."""
 
 
 @dataclass(frozen=True)
@@ -52,117 +54,6 @@ class TokenizedTexts:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class BackboneReference:
-    """Where the frozen weights under an adapter come from, so that loading never guesses.
-
-    Attributes:
-        name: Known name, hub id or folder, as `resolve_backbone` takes it.
-        sha256: Checksum of the weights.
-        licence: Licence of the weights as far as it is known.
-    """
-
-    name: str
-    sha256: str
-    licence: str | None = None
-
-
-@dataclass(frozen=True)
-class RefinementConfig:
-    """What the vectors depend on besides the weights. Stored in the checkpoint, each value.
-
-    Attributes:
-        num_steps: K, refinement steps where a call names none.
-        pooling: One of `gircse.refiner.POOLINGS`.
-        temperature: Soft-token temperature.
-        max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
-        instruction_template: How an instruction becomes the prompt before a text.
-        attention: One of `gircse.refiner.ATTENTIONS`; ``bidirectional``, like the pooling ``prompt_mean``, is for
-            encoder-only models, whose K is 0 and stays 0.
-    """
-
-    num_steps: int = 5
-    pooling: str = "mean"
-    temperature: float = 1.0
-    max_seq_length: int = 512
-    instruction_template: str = INSTRUCTION_TEMPLATE
-    attention: str = "causal"
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise UsageError(f"num_steps must be 0 or more, not {self.num_steps}")
-        if self.pooling not in POOLINGS:
-            raise UsageError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be above 0, not {self.temperature}")
-        if self.max_seq_length < 1:
-            raise UsageError(f"max_seq_length must be 1 or more, not {self.max_seq_length}")
-        if "{instruction}" not in self.instruction_template:
-            raise UsageError("instruction_template must contain {instruction}")
-        if self.attention not in ATTENTIONS:
-            raise UsageError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}")
-        self.check_steps(self.num_steps)
-
-    def check_steps(self, num_steps: int) -> None:
-        """Refuse refinement steps where the configuration has no place for them.
-
-        Raises:
-            UsageError: There are steps, and attention or pooling are those of an encoder-only model.
-        """
-        if num_steps and self.attention == "bidirectional":
-            raise UsageError(
-                f"bidirectional attention is for encoder-only models: soft tokens are written after a causal prompt; "
-                f"use num_steps 0, not {num_steps}, or causal attention"
-            )
-        if num_steps and self.pooling == "prompt_mean":
-            raise UsageError(
-                f"pooling prompt_mean is for encoder-only models: it averages the prompt's states and no others; "
-                f"use num_steps 0, not {num_steps}, or the pooling mean_with_prompt"
-            )
-
-    @property
-    def encoder_only(self) -> bool:
-        """Whether refinement steps are impossible, so that no cache is needed and every prompt state may count."""
-        return self.attention == "bidirectional" or self.pooling == "prompt_mean"
-
-
-ADDED_LATER: dict[str, Any] = {"attention": "causal"}
-"""Keys that came after the first checkpoints, and what every checkpoint without them means. Not the defaults of the
-day: an entry never changes."""
-
-
-@dataclass
-class _Checkpoint:
-    """gircse_config.json. A missing or unknown key is an error: defaults may change, saved vectors may not.
-
-    The exception are the keys of `ADDED_LATER`.
-    """
-
-    backbone: BackboneReference
-    refinement: RefinementConfig
-    weights: str  # "adapter" (LoRA over the backbone), "full" (in this folder) or "backbone" (nothing trained)
-    training: dict[str, Any] = field(default_factory=dict)  # recipe, data and seed of the run that made it
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> _Checkpoint:
-        try:
-            if values["weights"] not in ("adapter", "full", "backbone"):
-                raise ValueError(f"weights is {values['weights']!r}")
-            refinement = {**ADDED_LATER, **values["refinement"]}
-            if missing := set(RefinementConfig.__dataclass_fields__) - set(refinement):
-                raise KeyError(", ".join(sorted(missing)))
-            return cls(
-                BackboneReference(**values["backbone"]),
-                RefinementConfig(**refinement),
-                values["weights"],
-                dict(values["training"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise GircseError(
-                f"{source}: gircse_config.json is incomplete or from another version ({error})"
-            ) from error
 
 
 class GenerativeEncoder(InputModule):
@@ -216,7 +107,8 @@ class GenerativeEncoder(InputModule):
         self.refinement = config
         self.training_facts = training or {}
         self.quantized: str | None = None
-        self.checksum_before_quantizing: str | None = None
+        self.checksum_before_freezing: str | None = None
+        self._parameters_before_freezing: int | None = None
         self.fold_adapter = True
         self._room_to_fold: bool | None = None
         self.packed_weights = PackedWeights()
@@ -263,19 +155,49 @@ class GenerativeEncoder(InputModule):
         """What products are computed in: ``float32``, ``bfloat16`` ..., or ``int8``."""
         return self.quantized or str(self.backbone.dtype).removeprefix("torch.")
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the backbone and its adapter; after `quantize` or `pack` what it was before."""
+        return self._parameters_before_freezing or sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `quantize` or `pack` has replaced the weights, which then neither train nor are saved."""
+        return self.checksum_before_freezing is not None
+
     def quantize(self) -> None:
-        """Round the weights of all linear layers to 8 bits, the adapter folded in; there is no way back."""
+        """Round the weights of all linear layers to 8 bits, the adapter folded in; there is no way back.
+
+        Raises:
+            UsageError: The processor has no 8-bit products, the model is not on the CPU, or its weights are packed.
+        """
         if self.quantized:
             return
         check_int8()
         if self.backbone.device.type != "cpu":
             raise UsageError(f"8-bit weights compute on the CPU, not on {self.backbone.device.type}; choose device cpu")
-        self.checksum_before_quantizing = vectors_checksum(self)
+        if self.frozen:
+            raise UsageError("packed weights are not quantised; load the model again and quantise that")
+        self._freeze(Int8Linear)
+        self.quantized = "int8"
+
+    def pack(self) -> None:
+        """Keep the weights of all linear layers packed and in no other form, the adapter folded in; no way back.
+
+        Does nothing where packed products are not the fastest, on a GPU, or where `packed_weights` are not enabled.
+        """
+        dtype = self.backbone.dtype
+        on_cpu = self.backbone.device.type == "cpu"
+        if not self.frozen and on_cpu and self.packed_weights.enabled and packs_in_place(dtype):
+            self._freeze(partial(PackedLinear, dtype=dtype))
+
+    def _freeze(self, make: Callable[[Tensor, Tensor | None], FrozenLinear]) -> None:
+        self.checksum_before_freezing, self._parameters_before_freezing = vectors_checksum(self), self.num_parameters
         self.requires_grad_(False)
-        quantize_linear_layers(self.backbone)
-        return_freed_memory()
+        freeze_linear_layers(self.backbone, make)
         self.packed_weights.drop()
-        self.quantized, self.backbone._hf_peft_config_loaded = "int8", False
+        return_freed_memory()
+        self.backbone._hf_peft_config_loaded = False
 
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
@@ -371,8 +293,9 @@ class GenerativeEncoder(InputModule):
         if isinstance(steps, Integral):  # NumPy's too
             steps = int(steps)
         prompt = (self.decoder, features["input_ids"], features["attention_mask"])
-        pass_tokens = prompt_pass_tokens(features["input_ids"].device)
-        with self.packed_weights.products(features["input_ids"].device):
+        device = features["input_ids"].device
+        pass_tokens = prompt_pass_tokens(device)
+        with nullcontext() if self.frozen else self.packed_weights.products(device):
             if config.encoder_only:
                 config.check_steps(steps if isinstance(steps, int) else max(steps))
                 states = encode_prompt(
@@ -394,7 +317,7 @@ class GenerativeEncoder(InputModule):
         """What gircse_config.json holds."""
         trained = any(parameter.requires_grad for parameter in self.backbone.parameters())
         weights = "adapter" if self.has_adapter else "full" if trained else "backbone"
-        return asdict(_Checkpoint(self.reference, self.refinement, weights, self.training_facts))
+        return asdict(Checkpoint(self.reference, self.refinement, weights, self.training_facts))
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write adapter or full weights, tokenizer and configuration.
@@ -403,12 +326,14 @@ class GenerativeEncoder(InputModule):
         stored whole, and a frozen backbone is only named.
 
         Raises:
-            UsageError: `safe_serialization` is False, as pickled weights are not written; or weights are quantised.
+            UsageError: `safe_serialization` is False, as pickled weights are not written; or weights are quantised or
+                packed.
         """
         if not safe_serialization:
             raise UsageError("weights are saved as safetensors only; leave safe_serialization at its default")
-        if self.quantized:
-            raise UsageError("8-bit weights are not saved; save the model before quantize_weights")
+        if self.frozen:
+            made, by = ("8-bit", "quantize_weights") if self.quantized else ("packed", "pack_weights")
+            raise UsageError(f"{made} weights are not saved; save the model before {by}")
         if self.has_adapter:
             for config in self.backbone.peft_config.values():  # where it lay on this machine is nobody else's business
                 config.base_model_name_or_path = self.reference.name
@@ -450,7 +375,7 @@ class GenerativeEncoder(InputModule):
             "local_files_only": local_files_only,
         }  # fmt: skip
         values = cls.load_config(model_name_or_path, **hub)
-        checkpoint = _Checkpoint.from_dict(values, model_name_or_path)
+        checkpoint = Checkpoint.from_dict(values, model_name_or_path)
         folder = cls.load_dir_path(model_name_or_path, **hub)
         if folder is None:
             raise GircseError(f"{model_name_or_path}: the checkpoint's files are not there")

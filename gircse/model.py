@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from gircse.batches import plan_batches
-from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig, TokenizedTexts, load_causal_lm
+from gircse.checkpoint import BackboneReference, RefinementConfig
+from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
 from gircse.hardware import default_batch_tokens, is_out_of_memory
@@ -178,6 +179,19 @@ class GIRCSE(SentenceTransformer):
             UsageError: The processor multiplies no integers (VNNI), or the model is not on the CPU.
         """
         self.encoder.quantize()
+        return self
+
+    def pack_weights(self) -> GIRCSE:
+        """Keep the weights of all linear layers once, in the form that a CPU's products read, for inference alone.
+
+        Half the memory at the same speed, and the same vectors up to rounding: without it those weights are kept
+        beside their packed copies. There is no way back to training or saving. Where packed products are not the
+        fastest, and on a GPU, nothing changes.
+
+        Returns:
+            This model.
+        """
+        self.encoder.pack()
         return self
 
     # Embedding

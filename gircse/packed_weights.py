@@ -29,7 +29,7 @@ from gircse.hardware import free_memory, is_intel
 SHARE_OF_MEMORY = 0.25
 """Of the memory that is free when packing begins, how much all copies together may take."""
 
-_ROWS_PACKED_FOR = 64
+ROWS_PACKED_FOR = 64
 """What the libraries are told that products will have; the result is right for all others too (tested)."""
 
 
@@ -184,7 +184,7 @@ class PackedWeights:
                 return None
             with torch.inference_mode():
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
-                packed = library.reorder(rows, _ROWS_PACKED_FOR)
+                packed = library.reorder(rows, ROWS_PACKED_FOR)
             places = _places(weight)
             self._packed[key] = _Packed(
                 weakref.ref(weight), weight._version, weight.data_ptr(), places, places.clone(), packed, weight.nbytes

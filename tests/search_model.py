@@ -53,7 +53,7 @@ class WordModel:
         self.embedded: list[str] = []
         self.calls: list[int] = []
         self.encoder: Any = SimpleNamespace(
-            checksum_before_quantizing=None,
+            checksum_before_freezing=None,
             reference=SimpleNamespace(sha256=checksum),
             refinement=SimpleNamespace(pooling="mean", temperature=1.0, attention="causal"),
             get_config_dict=lambda: {"weights": "backbone"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gircse.checkpoint import RefinementConfig
 from gircse.decoders import Decoder
-from gircse.encoder import RefinementConfig
 from gircse.errors import GircseError, UnsupportedBackboneError, UsageError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE

@@ -202,7 +202,8 @@ def test_help_reads_like_a_manual(invoke: Invoke) -> None:
 def test_vectors_are_those_of_the_library(
     invoke: Invoke, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gircse.encoder import BackboneReference, GenerativeEncoder, RefinementConfig
+    from gircse.checkpoint import BackboneReference, RefinementConfig
+    from gircse.encoder import GenerativeEncoder
     from gircse.model import GIRCSE
     from tests.tiny import tiny_model, tiny_tokenizer
 

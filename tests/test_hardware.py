@@ -9,7 +9,7 @@ import torch
 
 from gircse import hardware
 from gircse.batches import DEFAULT_BATCH_TOKENS
-from gircse.cli.common import load_model
+from gircse.cli.common import check_device, load_model
 from gircse.errors import UsageError
 from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, prompt_pass_tokens
 
@@ -49,6 +49,14 @@ def test_a_batch_is_larger_where_few_rows_leave_the_hardware_waiting(monkeypatch
 def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:
     with pytest.raises(UsageError, match="--device nosuch: there is no such device"):
         load_model(None, backbone=str(backbone), device="nosuch")
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_device("cuda")
+    for device in ("cuda:1", "mps:1"):
+        with pytest.raises(UsageError, match=f"--device {device}: PyTorch .* finds none here; leave --device out"):
+            load_model(None, backbone=str(backbone), device=device)
 
 
 def test_an_unknown_device_gets_float32() -> None:

@@ -24,7 +24,8 @@ from gircse.adapter import lora_layers
 from gircse.checksum import vectors_checksum
 from gircse.cli import app
 from gircse.errors import UsageError
-from gircse.int8 import Int8Linear, check_int8, quantize_linear_layers
+from gircse.frozen_linear import freeze_linear_layers
+from gircse.int8 import Int8Linear, check_int8
 from gircse.model import GIRCSE
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
@@ -62,7 +63,7 @@ def test_products_are_those_of_the_rounded_weights(out: int, width: int, bias: b
     torch.manual_seed(0)
     layer = nn.Linear(width, out, bias=bias)
     made = Int8Linear(layer.weight, layer.bias)
-    weight = made.integers().double() * made.scale.unsqueeze(1)
+    weight = made.matrix().double() * made.scale.unsqueeze(1)
     steps = (weight - layer.weight).abs() / made.scale.unsqueeze(1)
     assert steps.max() <= 0.501, "to the nearest integer"
     for rows in (1, 3, 64, 65, 300):
@@ -133,7 +134,7 @@ def test_copies_and_pickles_compute_the_same(quantized: GIRCSE) -> None:
         np.testing.assert_array_equal(other.encode(TEXTS), vectors)
         assert other.encoder.weights_dtype == "int8"
     layer = next(m for m in quantized.modules() if isinstance(m, Int8Linear))
-    assert layer.integers().dtype == torch.int8
+    assert layer.matrix().dtype == torch.int8
     (*_, state) = (value for name, value in quantized.state_dict().items() if name.endswith("q_proj.weight"))
     assert state.dtype == torch.int8
 
@@ -160,7 +161,7 @@ def test_processors_that_would_lose_sums_are_refused(monkeypatch: pytest.MonkeyP
 
 def test_only_linear_layers_are_replaced() -> None:
     module = nn.Sequential(nn.Embedding(5, 4), nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), nn.Linear(6, 2))
-    assert quantize_linear_layers(module) == 2
+    assert freeze_linear_layers(module, Int8Linear) == 2
     assert [type(m).__name__ for m in module.modules() if not isinstance(m, nn.Sequential)] == [
         "Embedding", "Int8Linear", "LayerNorm", "Int8Linear",
     ]  # fmt: skip

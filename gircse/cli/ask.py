@@ -78,7 +78,7 @@ def ask(
         raise UsageError("--llm and --llm-model belong together; give both or none")
     found = open_index(index)
     found.check(question, where)
-    loaded = load_index_model(found, model, device=device, dtype=dtype)
+    loaded = load_index_model(found, model, device=device, dtype=dtype, pack=llm is not None)
 
     from gircse.search import answer as work
     from gircse.search.endpoint import EndpointWriter

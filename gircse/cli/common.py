@@ -72,8 +72,12 @@ def load_model(
     dtype: Dtype = "auto",
     num_steps: int | None = None,
     quantize: Quantize | None = None,
+    pack: bool = True,
 ) -> GIRCSE:
     """The model that a verb's options name, with a spinner while it loads.
+
+    Its weights are quantised, or else packed where `pack` is not False: a verb that only embeds needs them in no other
+    form.
 
     Raises:
         UsageError: Both a model and a backbone are named, or the machine has no 8-bit products.
@@ -87,10 +91,7 @@ def load_model(
 
         from gircse.model import GIRCSE
 
-        try:
-            torch.device(device or "cpu")
-        except RuntimeError:
-            raise UsageError(f"--device {device}: there is no such device; cpu, cuda, cuda:1 and mps are") from None
+        check_device(device)
         weights = getattr(torch, concrete_dtype(dtype, device))
         with quiet_libraries():
             if backbone is not None:
@@ -99,9 +100,28 @@ def load_model(
                 loaded = GIRCSE(model, device=device, dtype=weights)
     if quantize:
         loaded.quantize_weights()
+    elif pack:
+        loaded.pack_weights()
     if num_steps is not None:
         loaded.num_steps = num_steps
     return loaded
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that PyTorch does not know, or that it does not find here.
+
+    Raises:
+        UsageError: It says so in a line.
+    """
+    import torch
+
+    try:
+        wanted = torch.device(device or "cpu")
+    except RuntimeError:
+        raise UsageError(f"--device {device}: there is no such device; cpu, cuda, cuda:1 and mps are") from None
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (wanted.index or 0) >= found.get(wanted.type, 1):
+        raise UsageError(f"--device {device}: PyTorch {torch.__version__} finds none here; leave --device out")
 
 
 def concrete_dtype(dtype: Dtype, device: str | None) -> WeightsDtype:

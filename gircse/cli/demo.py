@@ -47,7 +47,7 @@ def demo(
       gircse demo
       gircse demo --model runs/mine
     """
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, pack=False)  # the plain LLM answers a question
     corpus = load_corpus()
     facts: dict[str, Any] = {"passages": len(corpus)}
     console = Console(stderr=json_output)  # with --json the tour goes to stderr and the facts to stdout

@@ -23,6 +23,7 @@ from gircse.cli.common import (
     QuantizeOption,
     WeightsDtype,
     backbone_of,
+    check_device,
     prepare_backbone,
     quiet_libraries,
     stderr,
@@ -209,6 +210,7 @@ def _load(
 ) -> TextSource:
     from gircse.evaluate.encoder import load_source
 
+    check_device(device)
     prepare_backbone(backbone_of(name))
     with stderr.status(f"loading {name or 'the model'}"), quiet_libraries():
         return load_source(name, steps, device=device, dtype=dtype, quantize=quantize)

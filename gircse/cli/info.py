@@ -86,11 +86,10 @@ def _backbones() -> dict[str, str]:
 def _model(model: str | None) -> dict[str, Any]:
     loaded = load_model(model)
     encoder = loaded.encoder
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
     return {
         "loaded from": model or "the model that ships with gircse",
         "backbone": f"{encoder.reference.name} (sha256 {encoder.reference.sha256[:12]}, {encoder.reference.licence})",
-        "parameters": f"{parameters:,}",
+        "parameters": f"{encoder.num_parameters:,}",
         "dimension": loaded.get_embedding_dimension(),
         "num_steps": loaded.num_steps,
         "pooling": encoder.refinement.pooling,

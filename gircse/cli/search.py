@@ -120,14 +120,21 @@ def open_index(folder: Path) -> SearchIndex:
 
 
 def load_index_model(
-    index: SearchIndex, model: str | None, *, device: str | None, dtype: Dtype, quantize: Quantize | None = None
+    index: SearchIndex,
+    model: str | None,
+    *,
+    device: str | None,
+    dtype: Dtype,
+    quantize: Quantize | None = None,
+    pack: bool = True,
 ) -> GIRCSE:
-    """The model that made an index; one that a person names must be that one.
+    """The model that made an index, loaded as `load_model` does; one that a person names must be that one.
 
     Raises:
         GircseError: It is another one, or is not to be had.
     """
-    loaded = load_model(model or index.manifest.settings.model, device=device, dtype=dtype, quantize=quantize)
+    name = model or index.manifest.settings.model
+    loaded = load_model(name, device=device, dtype=dtype, quantize=quantize, pack=pack)
     index.use_model(loaded)
     return loaded
 

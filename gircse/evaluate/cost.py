@@ -62,7 +62,7 @@ class TransformerSize:
 def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
     """Sizes of a model's transformer; None where its parts are not told apart."""
     from gircse.encoder import GenerativeEncoder
-    from gircse.int8 import Int8Linear
+    from gircse.frozen_linear import FrozenLinear
 
     first: Any = model[0]
     generative = isinstance(first, GenerativeEncoder)
@@ -70,11 +70,11 @@ def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
     config: Any = getattr(transformer, "config", None)
     if transformer is None or not hasattr(config, "num_attention_heads"):
         return None
-    quantized = sum(m.in_features * m.out_features for m in transformer.modules() if isinstance(m, Int8Linear))
+    frozen = sum(m.in_features * m.out_features for m in transformer.modules() if isinstance(m, FrozenLinear))
     embeddings = {id(p) for m in transformer.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     heads, width = int(config.num_attention_heads), int(config.hidden_size)
     return TransformerSize(
-        parameters=quantized + sum(p.numel() for p in transformer.parameters() if id(p) not in embeddings),
+        parameters=frozen + sum(p.numel() for p in transformer.parameters() if id(p) not in embeddings),
         layers=int(config.num_hidden_layers),
         attention_width=heads * int(getattr(config, "head_dim", None) or width // heads),
         vocabulary=int(first.decoder.vocabulary.embedding.num_embeddings) if generative else 0,

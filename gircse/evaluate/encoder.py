@@ -265,7 +265,7 @@ def model_meta(source: TextSource, step: int | None, settings: Mapping[str, Any]
     """What mteb files scores under: settings besides name and revision become the experiment's."""
     experiment = {"dtype": source.dtype, **({} if step is None else {"num_steps": step}), **settings}
     model: GIRCSE | SentenceTransformer = getattr(source, "model")  # noqa: B009
-    generative = isinstance(source, GenerativeSource)
+    encoder = source.model.encoder if isinstance(source, GenerativeSource) else None
     longest = model.max_seq_length
     return ModelMeta.create_empty(
         overwrites={
@@ -273,19 +273,18 @@ def model_meta(source: TextSource, step: int | None, settings: Mapping[str, Any]
             "revision": source.revision,
             "experiment_kwargs": experiment,
             "similarity_fn_name": ScoringFunction.COSINE,
-            "use_instructions": generative,
+            "use_instructions": encoder is not None,
             "framework": ["Sentence Transformers", "PyTorch"],
-            "n_parameters": sum(p.numel() for p in model.parameters()),
+            "n_parameters": encoder.num_parameters if encoder else sum(p.numel() for p in model.parameters()),
             "embed_dim": model.get_embedding_dimension(),
             "max_tokens": longest if longest is not None and math.isfinite(longest) else None,  # JSON knows no infinity
-            "adapted_from": _backbone_name(source.model) if generative else None,
+            "adapted_from": _backbone_name(encoder.reference.name) if encoder else None,
         }
     )
 
 
-def _backbone_name(model: GIRCSE) -> str:
+def _backbone_name(name: str) -> str:
     """The backbone as others know it: of a folder only its name, as where it lay on this machine is of no use there."""
-    name = model.encoder.reference.name
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
@@ -321,8 +320,7 @@ def load_source(
     if name is None or _is_generative(name):
         generative = GIRCSE(name, device=device, dtype=weights)
         shown, revision = _identity(name, generative)
-        if quantize:
-            generative.quantize_weights()
+        generative.quantize_weights() if quantize else generative.pack_weights()
         return GenerativeSource(generative, _scored_steps(generative, steps, shown), shown, revision, batch_tokens)
     if quantize:
         _tell_not_quantized(name)

@@ -208,8 +208,8 @@ class BackboneWriter:
         from gircse.adapter import adapter_off
 
         encoder = self.encoder
-        if encoder.quantized:
-            raise UsageError("with 8-bit weights the plain LLM is gone; load the model without quantizing it")
+        if encoder.frozen:
+            raise UsageError("with 8-bit or packed weights the plain LLM is gone; load the model again")
         ids = encoder.tokenizer(self._prompt(messages), add_special_tokens=False, verbose=False).input_ids
         limit = encoder.decoder.max_positions
         if len(ids) + self.max_tokens > limit:

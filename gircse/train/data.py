@@ -24,7 +24,7 @@ from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
 from tqdm import tqdm
 
-from gircse.encoder import INSTRUCTION_TEMPLATE
+from gircse.checkpoint import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
 from gircse.model import DEFAULT_INSTRUCTION
 from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers, matches

@@ -15,7 +15,7 @@ from typing import Any, cast
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
-from gircse.encoder import INSTRUCTION_TEMPLATE
+from gircse.checkpoint import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.train.data import read_rows
 

@@ -1,0 +1,123 @@
+"""What a checkpoint says besides its weights: gircse_config.json. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gircse.errors import GircseError, UsageError
+from gircse.refiner import ATTENTIONS, POOLINGS
+
+INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
+"""The paper's query format (appendix A): the text follows immediately."""
+
+
+@dataclass(frozen=True)
+class BackboneReference:
+    """Where the frozen weights under an adapter come from, so that loading never guesses.
+
+    Attributes:
+        name: Known name, hub id or folder, as `resolve_backbone` takes it.
+        sha256: Checksum of the weights.
+        licence: Licence of the weights as far as it is known.
+    """
+
+    name: str
+    sha256: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """What the vectors depend on besides the weights. Stored in the checkpoint, each value.
+
+    Attributes:
+        num_steps: K, refinement steps where a call names none.
+        pooling: One of `gircse.refiner.POOLINGS`.
+        temperature: Soft-token temperature.
+        max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
+        instruction_template: How an instruction becomes the prompt before a text.
+        attention: One of `gircse.refiner.ATTENTIONS`; ``bidirectional``, like the pooling ``prompt_mean``, is for
+            encoder-only models, whose K is 0 and stays 0.
+    """
+
+    num_steps: int = 5
+    pooling: str = "mean"
+    temperature: float = 1.0
+    max_seq_length: int = 512
+    instruction_template: str = INSTRUCTION_TEMPLATE
+    attention: str = "causal"
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0:
+            raise UsageError(f"num_steps must be 0 or more, not {self.num_steps}")
+        if self.pooling not in POOLINGS:
+            raise UsageError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be above 0, not {self.temperature}")
+        if self.max_seq_length < 1:
+            raise UsageError(f"max_seq_length must be 1 or more, not {self.max_seq_length}")
+        if "{instruction}" not in self.instruction_template:
+            raise UsageError("instruction_template must contain {instruction}")
+        if self.attention not in ATTENTIONS:
+            raise UsageError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}")
+        self.check_steps(self.num_steps)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse refinement steps where the configuration has no place for them.
+
+        Raises:
+            UsageError: There are steps, and attention or pooling are those of an encoder-only model.
+        """
+        if num_steps and self.attention == "bidirectional":
+            raise UsageError(
+                f"bidirectional attention is for encoder-only models: soft tokens are written after a causal prompt; "
+                f"use num_steps 0, not {num_steps}, or causal attention"
+            )
+        if num_steps and self.pooling == "prompt_mean":
+            raise UsageError(
+                f"pooling prompt_mean is for encoder-only models: it averages the prompt's states and no others; "
+                f"use num_steps 0, not {num_steps}, or the pooling mean_with_prompt"
+            )
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether refinement steps are impossible, so that no cache is needed and every prompt state may count."""
+        return self.attention == "bidirectional" or self.pooling == "prompt_mean"
+
+
+ADDED_LATER: dict[str, Any] = {"attention": "causal"}
+"""Keys that came after the first checkpoints, and what every checkpoint without them means. Not the defaults of the
+day: an entry never changes."""
+
+
+@dataclass
+class Checkpoint:
+    """gircse_config.json. A missing or unknown key is an error: defaults may change, saved vectors may not.
+
+    The exception are the keys of `ADDED_LATER`.
+    """
+
+    backbone: BackboneReference
+    refinement: RefinementConfig
+    weights: str  # "adapter" (LoRA over the backbone), "full" (in this folder) or "backbone" (nothing trained)
+    training: dict[str, Any] = field(default_factory=dict)  # recipe, data and seed of the run that made it
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Checkpoint:
+        try:
+            if values["weights"] not in ("adapter", "full", "backbone"):
+                raise ValueError(f"weights is {values['weights']!r}")
+            refinement = {**ADDED_LATER, **values["refinement"]}
+            if missing := set(RefinementConfig.__dataclass_fields__) - set(refinement):
+                raise KeyError(", ".join(sorted(missing)))
+            return cls(
+                BackboneReference(**values["backbone"]),
+                RefinementConfig(**refinement),
+                values["weights"],
+                dict(values["training"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GircseError(
+                f"{source}: gircse_config.json is incomplete or from another version ({error})"
+            ) from error
