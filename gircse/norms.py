@@ -1,7 +1,9 @@
-"""RMS norms as one operation on a GPU, instead of the eight small ones that transformers writes them as.
+"""RMS norms in fewer operations than the eight small ones that transformers writes them as.
 
-Knows normalisation modules; knows nothing of layers, caches or texts. A soft token goes through the layers alone, and
-what it waits for on a GPU is the launching of operations; in training each of the eight keeps its input as well.
+Knows normalisation modules; knows nothing of layers, caches or texts. On a GPU one operation: a soft token goes through
+the layers alone, and what it waits for is the launching of operations; in training each of the eight keeps its input as
+well. On a CPU without gradients the same arithmetic in one temporary tensor instead of five, as with thousands of rows
+each of them goes out to memory and back (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 
 def use_fused_norms(model: nn.Module) -> int:
-    """Let the RMS norms of a model be computed as one operation where they are on a GPU; elsewhere nothing changes.
+    """Let the RMS norms of a model be computed as one operation on a GPU, and with one temporary tensor on a CPU.
 
     Only modules whose own result the operation reproduces are taken: Gemma's, which add 1 to their weights, stay.
 
@@ -37,10 +39,21 @@ def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
+def frugal_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `fused_norm`, in float32 and without gradients, with one temporary tensor of the size of x."""
+    wide = x.float()
+    mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # of x², (..., 1)
+    scale = mean.add_(epsilon).rsqrt_()
+    wide = wide * scale if wide is x else wide.mul_(scale)
+    return wide.mul_(weight).to(x.dtype)
+
+
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     if x.is_cuda and x.dtype == weight.dtype:
         return fused_norm(x, weight, module.variance_epsilon)  # type: ignore[arg-type]
+    if x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_grad_enabled():
+        return frugal_norm(x, weight, module.variance_epsilon)  # type: ignore[arg-type]
     return type(module).forward(module, x)
 
 

@@ -70,8 +70,7 @@ class Vocabulary:
         Returns:
             (..., V) float32; each row sums to 1.
         """
-        logits = self.logits(hidden).float()
-        return F.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        return _softmax(self.logits(hidden).float(), temperature)
 
     def soft_token(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """E = p · E: the next input embedding (GIRCSE, section 3.1).
@@ -106,6 +105,15 @@ class Vocabulary:
             return torch.cat([self.by_products(part, temperature) for part in hidden.split(ROWS_AT_A_TIME)])
         table = self.embedding.weight
         # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
-        probabilities = self.probabilities(hidden, temperature)
+        if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+            # Computed in float32 and rounded at the end all the same, to the bit, without two copies in float32.
+            probabilities = _softmax(self.logits(hidden), temperature)
+        else:
+            probabilities = self.probabilities(hidden, temperature)
         common = min(probabilities.shape[-1], table.shape[0])
         return probabilities[..., :common].to(table.dtype) @ table[:common]
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T) in the dtype of the logits; in float32 where a division would round them once more."""
+    return F.softmax(logits if temperature == 1.0 else logits.float() / temperature, dim=-1)

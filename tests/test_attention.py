@@ -55,7 +55,8 @@ def test_shared_keys_and_values_are_not_copied_for_every_head(masked: str, monke
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
     weights = torch.randn(4, 5, 6, 8)
     results = []
-    for compute in (sdpa_attention_forward, sdpa_float32_on_cpu):
+    computes: list[Any] = [sdpa_attention_forward, sdpa_float32_on_cpu]
+    for compute in computes:
         out, _ = compute(module, *states, mask, scaling=0.3)
         results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), states)))
         monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)  # a call would fail

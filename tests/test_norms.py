@@ -1,4 +1,4 @@
-"""Fused RMS norms equal those of the families, values and gradients, and take no other norm for one."""
+"""RMS norms in fewer operations equal those of the families, values and gradients, and take no other norm for one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from gircse import norms as norms_module
 from gircse.norms import fused_norm, use_fused_norms
 from tests.tiny import tiny_model
 
@@ -39,6 +40,40 @@ def test_a_fused_norm_equals_the_familys_own(family: str) -> None:
             torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_a_frugal_norm_equals_the_familys_own(family: str, dtype: torch.dtype) -> None:
+    """Rounded once where theirs rounds twice: as near to the norm in float64 as theirs, or nearer."""
+    model = tiny_model(family).to(dtype)
+    use_fused_norms(model)
+    for module in norms(model):
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-2, 3, module.weight.numel()))
+            x = 30 * torch.randn(3, 5, module.weight.numel(), generator=torch.Generator().manual_seed(1)).to(dtype)
+            x[0, 0] = 0
+            before, own, found = x.clone(), type(module).forward(module, x), module(x)
+            assert torch.equal(x, before), "the input is the residual stream"
+            wide = x.double()
+            scale = (wide.square().mean(dim=-1, keepdim=True) + module.variance_epsilon).rsqrt()
+            exact = wide * scale * module.weight.double()
+        assert found.dtype == dtype
+        errors = [(out.double() - exact).abs().max() for out in (found, own)]
+        assert errors[0] <= errors[1] + 1e-6
+
+
+def test_on_a_cpu_the_frugal_norm_is_for_passes_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    plain = norms_module.frugal_norm
+    monkeypatch.setattr(norms_module, "frugal_norm", lambda *args: calls.append(1) or plain(*args))
+    model, ids = tiny_model("llama"), torch.arange(6)[None]
+    use_fused_norms(model)
+    expected = model(input_ids=ids).logits
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == len(norms(model))
+
+
 def test_gemmas_norms_stay() -> None:
     for family in ("gemma", "gemma3-scaled"):
         assert use_fused_norms(tiny_model(family)) == 0
@@ -47,7 +82,7 @@ def test_gemmas_norms_stay() -> None:
 def test_a_model_with_fused_norms_can_be_copied_and_pickled() -> None:
     model = tiny_model("llama")
     ids = torch.arange(6)[None]
-    expected = model(input_ids=ids).logits
+    expected = model(input_ids=ids).logits  # with gradients, as the passes below: the family's own norms
     use_fused_norms(model)
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(input_ids=ids).logits, expected, rtol=0, atol=0)

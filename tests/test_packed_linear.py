@@ -33,10 +33,10 @@ DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packs_in_place(d
 pytestmark = pytest.mark.skipif(not DTYPES, reason="packed products are not the fastest on this processor")
 
 
-def untrained(backbone: Path, *, targets: str | list[str] | None = "all-linear") -> GIRCSE:
+def untrained(backbone: Path, *, targets: str | list[str] = "all-linear") -> GIRCSE:
     torch.manual_seed(0)
-    lora = targets and LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-    model = GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, lora=lora or None, device="cpu")
+    lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, lora=lora, device="cpu")
     return model.requires_grad_(False).eval()
 
 

@@ -136,6 +136,18 @@ def test_the_shared_prefix_is_found_and_leaves_every_row_a_token() -> None:
     assert shared_prefix(texts[:3]) == ((), set())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_cpus_soft_token_without_gradients_is_the_same(dtype: torch.dtype, temperature: float) -> None:
+    """There the softmax is taken in the dtype of the logits, which must not be one in 16 bits."""
+    vocabulary = Decoder.from_model(tiny_model("llama").to(dtype)).vocabulary
+    hidden = 5 * torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = vocabulary.soft_token(hidden, temperature).detach()
+    with torch.no_grad():
+        found = vocabulary.soft_token(hidden, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def test_every_listed_family_is_in_the_matrix() -> None:
     assert {str(make().model_type) for make in FAMILIES.values()} == PARITY_TESTED
 
@@ -162,8 +174,8 @@ def test_soft_tokens_of_some_rows_at_a_time_are_those_of_all(monkeypatch: pytest
     vocabulary = Decoder.from_model(tiny_model("llama")).vocabulary
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     seen = []
-    plain = Vocabulary.probabilities
-    monkeypatch.setattr(Vocabulary, "probabilities", lambda *args: seen.append(len(args[1])) or plain(*args))
+    plain = Vocabulary.logits
+    monkeypatch.setattr(Vocabulary, "logits", lambda *args: seen.append(len(args[1])) or plain(*args))
     with torch.no_grad():
         expected = vocabulary.soft_token(hidden, 0.7)
         monkeypatch.setattr("gircse.soft_tokens.ROWS_AT_A_TIME", 2)
