@@ -2,8 +2,8 @@
 
 Knows normalisation modules; knows nothing of layers, caches or texts. On a GPU one operation: a soft token goes through
 the layers alone, and what it waits for is the launching of operations; in training each of the eight keeps its input as
-well. On a CPU without gradients the same arithmetic in one temporary tensor instead of five, as with thousands of rows
-each of them goes out to memory and back (docs/experiments.md).
+well. On a CPU inference has the same arithmetic in one temporary tensor instead of five: with thousands of rows each of
+them goes out to memory and back (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     if x.is_cuda and x.dtype == weight.dtype:
         return fused_norm(x, weight, module.variance_epsilon)  # type: ignore[arg-type]
-    if x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_grad_enabled():
+    # Not in training: gradient caching takes a pass without gradients first, which must round as the one with them.
+    inference = not (module.training or torch.is_grad_enabled())
+    if inference and x.device.type == "cpu" and x.dtype == weight.dtype:
         return frugal_norm(x, weight, module.variance_epsilon)  # type: ignore[arg-type]
     return type(module).forward(module, x)
 

@@ -44,7 +44,7 @@ def test_a_fused_norm_equals_the_familys_own(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_a_frugal_norm_equals_the_familys_own(family: str, dtype: torch.dtype) -> None:
     """Rounded once where theirs rounds twice: as near to the norm in float64 as theirs, or nearer."""
-    model = tiny_model(family).to(dtype)
+    model = tiny_model(family).to(dtype=dtype).eval()
     use_fused_norms(model)
     for module in norms(model):
         with torch.no_grad():
@@ -61,14 +61,17 @@ def test_a_frugal_norm_equals_the_familys_own(family: str, dtype: torch.dtype) -
         assert errors[0] <= errors[1] + 1e-6
 
 
-def test_on_a_cpu_the_frugal_norm_is_for_passes_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_the_frugal_norm_is_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     plain = norms_module.frugal_norm
     monkeypatch.setattr(norms_module, "frugal_norm", lambda *args: calls.append(1) or plain(*args))
     model, ids = tiny_model("llama"), torch.arange(6)[None]
     use_fused_norms(model)
     expected = model(input_ids=ids).logits
+    with torch.no_grad():
+        model.train()(input_ids=ids)
     assert not calls
+    model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == len(norms(model))
