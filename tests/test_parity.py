@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,7 +142,8 @@ def test_the_shared_prefix_is_found_and_leaves_every_row_a_token() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_cpus_soft_token_without_gradients_is_the_same(dtype: torch.dtype, temperature: float) -> None:
     """There the softmax is taken in the dtype of the logits, which must not be one in 16 bits."""
-    vocabulary = Decoder.from_model(tiny_model("llama").to(dtype=dtype)).vocabulary
+    model: Any = tiny_model("llama")
+    vocabulary = Decoder.from_model(model.to(dtype)).vocabulary
     hidden = 5 * torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = vocabulary.soft_token(hidden, temperature).detach()
     with torch.no_grad():
