@@ -50,7 +50,7 @@ def test_shared_keys_and_values_are_not_copied_for_every_head(masked: str, monke
     module: Any = SimpleNamespace(num_key_value_groups=3, training=False, is_causal=True)
     states = [torch.randn(4, heads, length, 8, requires_grad=True) for heads, length in ((6, 5), (2, 7), (2, 7))]
     mask = torch.ones(4, 1, 5, 7, dtype=torch.bool).tril(2)
-    mask[1, :, :, :3] = False
+    mask[1, :, :, :2] = False  # the first query still sees a position: what sees none is read by nobody
     if masked == "added":
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
     weights = torch.randn(4, 5, 6, 8)
