@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 ATTENTION = "sdpa_float32_on_cpu"
 
@@ -70,10 +71,11 @@ def _are_shared_by_heads(query: Tensor, key: Tensor, attention_mask: Tensor | No
     """Whether transformers would copy keys and values for every head of a CPU's queries, and nothing else is asked for.
 
     It does not where there is no mask or a single query; its reason, that masked attention of shared heads falls back
-    to a slow path, is one of GPUs.
+    to a slow path, is one of GPUs and of older versions of PyTorch: 2.6 takes three times as long.
     """
     return (
-        query.device.type == "cpu"
+        is_torch_greater_or_equal("2.13", accept_dev=True)
+        and query.device.type == "cpu"
         and query.shape[1] != key.shape[1]
         and query.shape[2] > 1
         and attention_mask is not None
