@@ -320,7 +320,10 @@ def load_source(
     if name is None or _is_generative(name):
         generative = GIRCSE(name, device=device, dtype=weights)
         shown, revision = _identity(name, generative)
-        generative.quantize_weights() if quantize else generative.pack_weights()
+        if quantize:
+            generative.quantize_weights()
+        else:
+            generative.pack_weights()
         return GenerativeSource(generative, _scored_steps(generative, steps, shown), shown, revision, batch_tokens)
     if quantize:
         _tell_not_quantized(name)
