@@ -6,6 +6,8 @@ beside every thick one, which on a CPU take as long as the thick one itself; fol
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ _ORIGINAL = "_weight_before_folding"
 """The attribute of a folded layer that keeps the weight of 16 bits."""
 
 
-def lora_layers(backbone: PreTrainedModel) -> list[LoraLayer]:
+def lora_layers(backbone: nn.Module) -> list[LoraLayer]:
     """The LoRA layers, in the order of the modules."""
     return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
 
@@ -107,6 +109,46 @@ def _make_own(layer: LoraLayer) -> None:
     weight = _weight(layer)
     if weight.device.type == "cpu" and weight.is_shared():
         weight.data = weight.data.clone()
+
+
+def keep_state_dicts_unfolded(backbone: PreTrainedModel) -> None:
+    """Let state dicts of a backbone hold the weights under its adapter as they are without it, and loading one unfold.
+
+    Otherwise BA of folded layers would be in both, and be added once more to whatever model the state dict goes to.
+    """
+    backbone.register_state_dict_post_hook(_show_unfolded)
+    backbone.register_load_state_dict_pre_hook(_unfold_before_loading)
+
+
+@torch.no_grad()
+def _show_unfolded(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    with _changing:
+        for name, layer in backbone.named_modules():
+            if isinstance(layer, LoraLayer) and layer.merged:
+                apart = copy.deepcopy(layer)
+                _unfold(apart)
+                for key, parameter in apart.get_base_layer().named_parameters():
+                    state_dict[f"{prefix}{name}.base_layer.{key}"] = parameter.detach()
+
+
+def _unfold_before_loading(backbone: nn.Module, *args: object) -> None:
+    unfold(lora_layers(backbone))
+
+
+def save_adapter(backbone: PreTrainedModel, folder: str | Path, base: str) -> None:
+    """Write the adapter and its configuration.
+
+    Args:
+        backbone: With LoRA layers.
+        folder: Made where it is missing.
+        base: What the configuration calls the model under the adapter; where it lay is nobody else's business.
+    """
+    for config in backbone.peft_config.values():
+        config.base_model_name_or_path = None  # of a named one peft asks the hub at every save
+    backbone.save_pretrained(folder)
+    path = Path(folder) / "adapter_config.json"
+    facts = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base}
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def widen(backbone: PreTrainedModel, folder: str | Path | None = None) -> None:

@@ -20,7 +20,7 @@ def vectors_checksum(encoder: GenerativeEncoder) -> str:
     """
     if encoder.checksum_before_freezing is not None:
         return encoder.checksum_before_freezing
-    refinement, weights = encoder.refinement, encoder.get_config_dict()["weights"]
+    refinement, weights = encoder.refinement, encoder.weights
     facts = [encoder.reference.sha256, weights, refinement.pooling, refinement.temperature]
     if refinement.attention != "causal":  # which older indexes do not say
         facts.append(refinement.attention)

@@ -6,6 +6,7 @@ Knows tokenisation, pooling and the checkpoint's layout; knows nothing of losses
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,7 +21,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gircse.adapter import bytes_to_fold, can_fold, fold, lora_layers, narrow, unfold, widen
+from gircse.adapter import (
+    bytes_to_fold,
+    can_fold,
+    fold,
+    keep_state_dicts_unfolded,
+    lora_layers,
+    narrow,
+    save_adapter,
+    unfold,
+    widen,
+)
 from gircse.attention import use_fastest_attention
 from gircse.checkpoint import BackboneReference, Checkpoint, RefinementConfig
 from gircse.checksum import vectors_checksum
@@ -34,10 +45,14 @@ from gircse.packed_linear import PackedLinear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import encode_prompt, keep_finished, pool_steps, refine
 from gircse.step_graphs import StepGraphs
+from gircse.texts import as_texts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
+
+_tokenizing = threading.Lock()
+"""Held while a tokenizer works: cutting sets a state of it that all threads share."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +121,14 @@ class GenerativeEncoder(InputModule):
         self.reference = reference
         self.refinement = config
         self.training_facts = training or {}
+        self._finetuned_whole = False
         self.quantized: str | None = None
         self.checksum_before_freezing: str | None = None
         self._parameters_before_freezing: int | None = None
         self.fold_adapter = True
         self._room_to_fold: bool | None = None
+        keep_state_dicts_unfolded(backbone)
+        self._notice_full_finetuning()
         self.packed_weights = PackedWeights()
         self.step_graphs = StepGraphs()
         # Cutting on the left would cut the instruction; the length is checked here, so the tokenizer need not warn.
@@ -144,8 +162,28 @@ class GenerativeEncoder(InputModule):
         """d, the width of the backbone's hidden states."""
         return int(self.backbone.get_input_embeddings().embedding_dim)  # type: ignore[union-attr]
 
+    @property
+    def weights(self) -> str:
+        """What is this model's own, and saved: ``adapter``, ``full``, or ``backbone`` of an untrained one: nothing."""
+        self._notice_full_finetuning()
+        return "adapter" if self.has_adapter else "full" if self._finetuned_whole else "backbone"
+
+    def _notice_full_finetuning(self) -> None:
+        """Weights that could once be trained stay this model's own when they are frozen afterwards."""
+        if not self.has_adapter and any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self._finetuned_whole = True
+
     def add_lora(self, config: LoraConfig) -> None:
-        """Put LoRA layers into the backbone and freeze everything else."""
+        """Put LoRA layers into the backbone and freeze everything else.
+
+        Raises:
+            UsageError: The weights under them have been trained: the adapter alone would be saved.
+        """
+        if self.weights == "full":
+            raise UsageError(
+                "these weights were fine-tuned whole, and an adapter is saved without the weights under it; "
+                "train them further without LoRA"
+            )
         self.backbone.requires_grad_(False)
         self.backbone.add_adapter(config)
         widen(self.backbone)
@@ -202,6 +240,8 @@ class GenerativeEncoder(InputModule):
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
         if not self.has_adapter:
+            if self.training:
+                self._notice_full_finetuning()
             return
         layers = lora_layers(self.backbone)
         if self.fold_adapter and not self.training and can_fold(self.backbone, layers) and self._has_room(layers):
@@ -230,26 +270,28 @@ class GenerativeEncoder(InputModule):
             max_length: Longest result in tokens; `max_seq_length` where not given.
 
         Raises:
-            UsageError: The prompt leaves no room for the text.
+            UsageError: The prompt leaves no room for the text, or something is no text (`gircse.texts`).
         """
         prompt, limit = prompt or "", max_length or self.max_seq_length
         if prompt:
-            prompt_length = len(self.tokenizer(prompt, verbose=False).input_ids)
+            with _tokenizing:
+                prompt_length = len(self.tokenizer(prompt, verbose=False).input_ids)
             if prompt_length >= limit:
                 raise UsageError(
                     f"the instruction alone takes {prompt_length} of {limit} tokens; "
                     "shorten it or raise the maximum length"
                 )
-        if not texts:
+        joined = [prompt + text for text in as_texts(texts)]
+        if not joined:
             return TokenizedTexts([], [])
-        joined = [prompt + text for text in texts]
-        ids: list[list[int]] = self.tokenizer(joined, verbose=False).input_ids
-        truncated = [len(row) > limit for row in ids]
-        if any(truncated):
-            # A second pass over the long ones: only the tokenizer knows which special tokens belong at the end.
-            long = [text for text, cut in zip(joined, truncated, strict=True) if cut]
-            cut_ids = iter(self.tokenizer(long, truncation=True, max_length=limit, verbose=False).input_ids)
-            ids = [next(cut_ids) if cut else row for row, cut in zip(ids, truncated, strict=True)]
+        with _tokenizing:
+            ids: list[list[int]] = self.tokenizer(joined, verbose=False).input_ids
+            truncated = [len(row) > limit for row in ids]
+            if any(truncated):
+                # A second pass over the long ones: only the tokenizer knows which special tokens belong at the end.
+                long = [text for text, cut in zip(joined, truncated, strict=True) if cut]
+                cut_ids = iter(self.tokenizer(long, truncation=True, max_length=limit, verbose=False).input_ids)
+                ids = [next(cut_ids) if cut else row for row, cut in zip(ids, truncated, strict=True)]
         return TokenizedTexts([row or [self._filler_token] for row in ids], truncated)
 
     @property
@@ -272,7 +314,7 @@ class GenerativeEncoder(InputModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """The sentence-transformers entry: texts to a padded batch."""
-        return self.pad(self.tokenize_texts([str(text) for text in inputs], prompt).ids)
+        return self.pad(self.tokenize_texts(inputs, prompt).ids)
 
     # Token ids to embeddings
 
@@ -294,6 +336,8 @@ class GenerativeEncoder(InputModule):
             steps = int(steps)
         prompt = (self.decoder, features["input_ids"], features["attention_mask"])
         device = features["input_ids"].device
+        if device.type == "cpu" and not self.step_graphs.anywhere:
+            self.step_graphs.drop()  # the model has left a GPU
         pass_tokens = prompt_pass_tokens(device)
         with nullcontext() if self.frozen else self.packed_weights.products(device):
             if config.encoder_only:
@@ -315,15 +359,13 @@ class GenerativeEncoder(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What gircse_config.json holds."""
-        trained = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        weights = "adapter" if self.has_adapter else "full" if trained else "backbone"
-        return asdict(Checkpoint(self.reference, self.refinement, weights, self.training_facts))
+        return asdict(Checkpoint(self.reference, self.refinement, self.weights, self.training_facts))
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write adapter or full weights, tokenizer and configuration.
 
-        A LoRA model stores its adapter and names its backbone. Without an adapter, weights that can be trained are
-        stored whole, and a frozen backbone is only named.
+        A LoRA model stores its adapter and names its backbone. Without an adapter, weights that can or could be trained
+        are stored whole, and a backbone that was always frozen is only named.
 
         Raises:
             UsageError: `safe_serialization` is False, as pickled weights are not written; or weights are quantised or
@@ -335,9 +377,8 @@ class GenerativeEncoder(InputModule):
             made, by = ("8-bit", "quantize_weights") if self.quantized else ("packed", "pack_weights")
             raise UsageError(f"{made} weights are not saved; save the model before {by}")
         if self.has_adapter:
-            for config in self.backbone.peft_config.values():  # where it lay on this machine is nobody else's business
-                config.base_model_name_or_path = self.reference.name
-        if self.get_config_dict()["weights"] != "backbone":
+            save_adapter(self.backbone, output_path, self.reference.name)
+        elif self.weights == "full":
             self.backbone.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)
@@ -396,7 +437,7 @@ class GenerativeEncoder(InputModule):
 
 def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
     """A causal LM from a local folder, in float32 unless `options` names a dtype."""
-    options.setdefault("dtype", torch.float32)
+    options.setdefault("dtype", options.pop("torch_dtype", torch.float32))  # its name in older transformers
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a bar over a second's work, which no argument switches off
     try:

@@ -74,7 +74,7 @@ def merging_shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _trained_weights(model: GIRCSE, place: str) -> dict[str, Tensor]:
-    kind = model.encoder.get_config_dict()["weights"]
+    kind = model.encoder.weights
     if kind == "backbone":
         raise GircseError(f"{place} has no trained weights, only a backbone's; there is nothing to merge")
     if model.encoder.has_adapter:
@@ -107,7 +107,7 @@ def _what_vectors_depend_on(model: GIRCSE) -> dict[str, Any]:
     layers = lora_layers(model.encoder.backbone)
     scaling = sorted({scale for layer in layers for scale in layer.scaling.values()})
     kept = {key: value for key, value in values.items() if key not in ("num_steps", "max_seq_length")}
-    return {"weights": model.encoder.get_config_dict()["weights"], **kept, "the scaling of LoRA": scaling}
+    return {"weights": model.encoder.weights, **kept, "the scaling of LoRA": scaling}
 
 
 def _facts(place: str, model: GIRCSE, share: float) -> dict[str, Any]:

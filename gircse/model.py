@@ -6,6 +6,7 @@ Knows prompts, batches and what soft tokens are made of; knows nothing of losses
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -24,6 +25,7 @@ from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
 from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
+from gircse.texts import as_texts, is_single
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -265,11 +267,12 @@ class GIRCSE(SentenceTransformer):
         if steps < 1:
             raise UsageError(f"encode_steps needs num_steps of 1 or more, not {steps}")
         single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = [inputs] if isinstance(inputs, str) else inputs
         tokenized = self.tokenize_texts(texts, self._prompt_for(instruction, prompt, prompt_name))
         result = self._run_batches(
             tokenized, steps, batch_tokens, feature="step_embeddings", show_progress_bar=show_progress_bar
         )
+        result = result[..., : self.truncate_dim]
         if normalize_embeddings:
             result = torch.nn.functional.normalize(result, dim=-1)
         return (result[0] if single else result).numpy()
@@ -333,9 +336,9 @@ class GIRCSE(SentenceTransformer):
             batch_tokens: Padded tokens a batch.
 
         Returns:
-            (n, d) float32 on the CPU, not normalised.
+            (n, d) float32 on the CPU, not normalised; of the model's `truncate_dim`, where it has one.
         """
-        return self._run_batches(tokenized, num_steps, batch_tokens)
+        return self._run_batches(tokenized, num_steps, batch_tokens)[:, : self.truncate_dim].contiguous()
 
     @torch.inference_mode()
     def _run_batches(
@@ -353,6 +356,10 @@ class GIRCSE(SentenceTransformer):
         self.eval()
         device = device or self.device
         steps = self.num_steps if num_steps is None else num_steps
+        try:
+            steps = operator.index(steps)  # NumPy's and PyTorch's whole numbers too
+        except TypeError:
+            raise UsageError(f"num_steps must be one whole number for all texts, not {steps!r}") from None
         texts = list(dict.fromkeys(map(tuple, tokenized.ids)))  # a text that occurs twice is embedded once
         unique = {ids: index for index, ids in enumerate(texts)}
         lengths = [len(ids) for ids in texts]
@@ -394,6 +401,10 @@ class GIRCSE(SentenceTransformer):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether this is one text: also a column of pandas, a generator or a set is several."""
+        return is_single(inputs)
+
     def get_model_kwargs(self) -> list[str]:
         """Arguments that `encode` takes besides those of every SentenceTransformer."""
         return [*super().get_model_kwargs(), "batch_tokens"]
@@ -404,23 +415,27 @@ class GIRCSE(SentenceTransformer):
 
         `batch_size` stays an upper bound on the texts of a batch where the caller set it below or above the default.
         """
+        inputs = as_texts(inputs)
+        if kwargs.get("output_value") == "token_embeddings":
+            raise UsageError("there are no token embeddings: soft tokens have states of their own (encode_states)")
         if kwargs.get("output_value") != "sentence_embedding":
             kwargs.pop("batch_tokens", None)
             return super()._inference(inputs, **kwargs)
-        tokenized = self.tokenize_texts([str(text) for text in inputs], kwargs.get("prompt"))
+        tokenized = self.tokenize_texts(inputs, kwargs.get("prompt"))
+        device = self._resolve_inference_device(kwargs.get("device"))
         embeddings = self._run_batches(
             tokenized,
             kwargs.get("num_steps"),
             kwargs.get("batch_tokens"),
             max_batch=None if kwargs.get("batch_size", 32) == 32 else kwargs["batch_size"],
-            device=self._resolve_inference_device(kwargs.get("device")),
+            device=device,
             show_progress_bar=kwargs.get("show_progress_bar", False),
         )
         if (dim := kwargs.get("truncate_dim")) is not None:
             embeddings = embeddings[..., :dim]
         if kwargs.get("normalize_embeddings"):
             embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
-        return embeddings
+        return embeddings if kwargs.get("save_to_cpu", True) else embeddings.to(device)
 
     # Looking inside
 

@@ -81,7 +81,7 @@ class GIRCSEModelCardData(SentenceTransformerModelCardData):
             "refinement": encoder.refinement,
             "vector": _POOLED[encoder.refinement.pooling],
             "adapter": next(iter(encoder.backbone.peft_config.values())) if encoder.has_adapter else None,
-            "weights": encoder.get_config_dict()["weights"],
+            "weights": encoder.weights,
             "prompts": model.prompts,
             "facts": facts,
             "recipe": recipe,

@@ -290,9 +290,10 @@ def _check(decoder: Decoder, attention_mask: Tensor, num_steps: Sequence[int], t
     most = max(num_steps)
     longest = int(attention_mask.sum(dim=1).max())
     if longest + most > decoder.max_positions:
+        room = decoder.max_positions - most
         raise UsageError(
-            f"{longest} prompt and {most} soft tokens exceed the backbone's {decoder.max_positions} positions; "
-            f"lower max_seq_length to {decoder.max_positions - most} or num_steps"
+            f"{longest} prompt and {most} soft tokens exceed the backbone's {decoder.max_positions} positions; lower "
+            + (f"max_seq_length to {room} or num_steps" if room > 0 else "num_steps")
         )
     if most and decoder.transformer.training and _checkpointing(decoder):
         raise UsageError("gradient checkpointing switches the key-value cache off; train with smaller batches instead")

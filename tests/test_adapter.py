@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import runpy
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from gircse import GIRCSE
@@ -65,6 +67,59 @@ def test_training_takes_the_adapter_out(adapted: GIRCSE) -> None:
     assert not any(layer.merged for layer in layers)
     assert parameter.grad is not None
     assert bool(cast(torch.Tensor, parameter.grad).abs().sum() > 0)
+
+
+def test_a_state_dict_of_a_folded_model_is_that_of_an_unfolded_one(adapted: GIRCSE) -> None:
+    other, expected = copy.deepcopy(adapted), {key: value.clone() for key, value in adapted.state_dict().items()}
+    vectors = torch.tensor(adapted.encode(TEXTS))
+    found, folded = adapted.state_dict(), weights(adapted)
+    assert list(found) == list(expected)
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+    for now, before in zip(weights(adapted), folded, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0, msg="asking for it changes no weight")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    other.load_state_dict(found)
+    torch.testing.assert_close(torch.tensor(other.encode(TEXTS)), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_loaded_into_a_folded_model_count(adapted: GIRCSE) -> None:
+    before = {key: value.clone() for key, value in adapted.state_dict().items()}
+    vectors = torch.tensor(adapted.encode(TEXTS))
+    adapted.load_state_dict(before)
+    torch.testing.assert_close(torch.tensor(adapted.encode(TEXTS)), vectors, rtol=1e-4, atol=1e-5)
+    # Another adapter by peft's own function, before the first text and after it.
+    fresh = copy.deepcopy(adapted)
+    fresh.load_state_dict(before)
+    adapter = {key: value * 0.5 for key, value in get_peft_model_state_dict(adapted.encoder.backbone).items()}
+    for model in (adapted, fresh):
+        set_peft_model_state_dict(model.encoder.backbone, adapter)
+    found = torch.tensor(adapted.encode(TEXTS))
+    torch.testing.assert_close(found, torch.tensor(fresh.encode(TEXTS)), rtol=1e-4, atol=1e-5)
+    assert (found - vectors).abs().max() > 0.01
+
+
+def test_a_copy_of_the_hooks_knows_its_own_model(adapted: GIRCSE) -> None:
+    adapted.encode(TEXTS)
+    other = copy.deepcopy(adapted)
+    other.load_state_dict(adapted.state_dict())
+    assert all(layer.merged for layer in lora_layers(adapted.encoder.backbone))
+    assert not any(layer.merged for layer in lora_layers(other.encoder.backbone))
+
+
+def test_saving_an_adapter_asks_no_network(
+    adapted: GIRCSE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *args, **_: asked.append(args))
+    adapted.encoder.reference = dataclasses.replace(adapted.encoder.reference, name="somebody/something")
+    adapted.save_pretrained(str(tmp_path / "saved"))
+    assert not asked
+    assert not [warning for warning in recwarn if "config file" in str(warning.message)]
+    facts = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert facts["base_model_name_or_path"] == "somebody/something"
 
 
 @pytest.fixture

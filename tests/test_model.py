@@ -15,6 +15,7 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from gircse.batches import plan_batches
+from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
 from tests.tiny import tiny_backbone
@@ -392,3 +393,62 @@ def test_out_of_memory_halves_the_batch(
 def test_batches_are_of_even_size() -> None:
     batches = plan_batches([10] * 33, 0, 320)
     assert [len(batch) for batch in batches] == [17, 16], "not 32 and 1"
+
+
+def test_weights_that_were_trained_whole_are_saved_when_frozen(backbone: Path, tmp_path: Path) -> None:
+    model = GIRCSE.from_backbone(str(backbone), num_steps=2, full_finetune=True, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    vectors, checksum = model.encode(TEXTS), vectors_checksum(model.encoder)
+    model.requires_grad_(False)
+    assert vectors_checksum(model.encoder) == checksum
+    model.save_pretrained(str(tmp_path))
+    loaded = GIRCSE(str(tmp_path), device="cpu").requires_grad_(False)
+    np.testing.assert_allclose(loaded.encode(TEXTS), vectors, rtol=1e-5, atol=1e-6)
+    assert loaded.encoder.weights == "full"
+    with pytest.raises(UsageError, match="fine-tuned whole"):
+        loaded.encoder.add_lora(lora())
+
+
+def test_weights_that_were_unfrozen_for_a_while_are_saved(backbone: Path, tmp_path: Path) -> None:
+    model = GIRCSE.from_backbone(str(backbone), num_steps=2, device="cpu")
+    assert model.encoder.weights == "backbone"
+    model.requires_grad_(True).train()
+    model(model.encoder.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+    model.requires_grad_(False)
+    model.save_pretrained(str(tmp_path))
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_models_own_truncation_holds_everywhere(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.encode(TEXTS)[:, :8]
+    monkeypatch.setattr(model, "truncate_dim", 8)
+    np.testing.assert_array_equal(model.encode_steps(TEXTS)[:, -1], expected)
+    found = model.encode_tokenized(model.tokenize_texts(TEXTS))
+    np.testing.assert_array_equal(found.numpy(), expected)
+    assert found.is_contiguous()
+    lengths = np.linalg.norm(model.encode_steps(TEXTS, normalize_embeddings=True), axis=-1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", ["auto", 3.0, [1, 2]])
+def test_one_whole_number_of_steps_is_wanted(model: GIRCSE, num_steps: Any) -> None:
+    with pytest.raises(UsageError, match="num_steps must be one whole number for all texts, not"):
+        model.encode(TEXTS, num_steps=num_steps)
+    np.testing.assert_array_equal(model.encode(TEXTS, num_steps=np.int64(2)), model.encode(TEXTS, num_steps=2))
+    np.testing.assert_array_equal(model.encode(TEXTS, num_steps=torch.tensor(2)), model.encode(TEXTS, num_steps=2))
+
+
+def test_errors_that_only_num_steps_can_mend_say_no_more(model: GIRCSE) -> None:
+    most = model.encoder.decoder.max_positions
+    with pytest.raises(UsageError, match=f"exceed the backbone's {most} positions; lower num_steps$"):
+        model.encode("a", num_steps=most)
+    with pytest.raises(UsageError, match="there are no token embeddings"):
+        model.encode("a", output_value="token_embeddings")
+
+
+def test_the_older_name_of_dtype_counts(model: GIRCSE, tmp_path: Path) -> None:
+    model.save_pretrained(str(tmp_path))
+    loaded = GIRCSE(str(tmp_path), device="cpu", model_kwargs={"torch_dtype": torch.bfloat16})
+    assert loaded.encoder.weights_dtype == "bfloat16"

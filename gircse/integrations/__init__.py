@@ -68,7 +68,7 @@ class Embedder:
     @property
     def dimensions(self) -> int:
         """Length of a vector."""
-        return self.model.encoder.get_embedding_dimension()
+        return self.model.get_embedding_dimension() or 0
 
     def settings(self) -> dict[str, str | int | None]:
         """The arguments that make the same embedder again, as JSON can hold them.

@@ -53,6 +53,7 @@ class ModelBackend:
             features = self.model.encoder.pad(ids)
             features = {name: value.to(self.model.device) for name, value in features.items()}
             vectors = self.model(features, num_steps=list(num_steps))["sentence_embedding"]
+            vectors = vectors[:, : self.model.truncate_dim]
             return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
 

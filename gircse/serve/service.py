@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +99,6 @@ class Service:
         self._stop_before: float | None = None
         self._texts = 0  # admitted and not answered yet
         self._tokenizing = ThreadPoolExecutor(4, thread_name_prefix="gircse-tokenize")
-        self._tokenizer = threading.Lock()  # cutting sets a state of the tokenizer that threads would share
         # No token stands for more characters than the longest; a longer text need not be tokenised to be refused.
         self._max_characters = self.limits.max_tokens * max(map(len, model.encoder.tokenizer.get_vocab()))
         self._vocabulary = model.encoder.decoder.vocabulary.embedding.num_embeddings
@@ -223,10 +221,9 @@ class Service:
             ids, _ = await self._tokenize([text], prompt, "input", may_cut=False)
 
             def work() -> list[SoftTokenContent]:
-                with self._tokenizer:
-                    return self.model.explain(
-                        text, prompt=prompt, num_steps=steps, top=top, max_length=self.limits.max_tokens
-                    )
+                return self.model.explain(
+                    text, prompt=prompt, num_steps=steps, top=top, max_length=self.limits.max_tokens
+                )
 
             return await asyncio.wrap_future(self.engine.call(work, len(ids[0]) + steps))
 
@@ -304,8 +301,7 @@ class Service:
         return ids, truncated
 
     def _tokenize_chunk(self, texts: Sequence[str], prompt: str) -> TokenizedTexts:
-        with self._tokenizer:
-            return self.model.tokenize_texts(texts, prompt, self.limits.max_tokens)
+        return self.model.tokenize_texts(texts, prompt, self.limits.max_tokens)
 
     def _too_long(self, what: str, length: int | None, param: str) -> TooLargeError:
         has = f"has {length} tokens" if length else "is too long"

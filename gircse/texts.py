@@ -1,0 +1,40 @@
+"""What counts as a text where texts come in from outside. Knows Python's types; knows nothing of tokens or models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gircse.errors import UsageError
+
+
+def is_single(inputs: Any) -> bool:
+    """Whether this is one text and not several: a string, ``{"text": ...}``, or what is no collection at all."""
+    return isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable)
+
+
+def as_texts(inputs: Iterable[Any]) -> list[str]:
+    """The texts of a batch.
+
+    Args:
+        inputs: Strings, or sentence-transformers' ``{"text": string}``: a list, a column of pandas, a generator ...
+
+    Returns:
+        The strings.
+
+    Raises:
+        UsageError: It is one string, of which each character would be a text; or an item is something else: a missing
+            value would be embedded as the word None.
+    """
+    if isinstance(inputs, str):
+        raise UsageError("a list of texts is wanted, not one string; put it into a list")
+    return [_as_text(item, index) for index, item in enumerate(inputs)]
+
+
+def _as_text(item: Any, index: int) -> str:
+    if isinstance(item, Mapping) and set(item) == {"text"}:
+        item = item["text"]
+    if not isinstance(item, str):
+        shown = " ".join(repr(item).split())[:60]
+        raise UsageError(f"text {index} is no string but {type(item).__name__}: {shown}; leave it out or replace it")
+    return item
