@@ -62,9 +62,10 @@ class _FusedSoftToken(torch.autograd.Function):
         parts, options = _grid(hidden, head, table)
         mixed = hidden.new_empty(parts, rows, width, dtype=torch.float32)
         largest, total = (hidden.new_empty(parts, rows, dtype=torch.float32) for _ in range(2))
-        soft_token_forward[(math.ceil(rows / ROWS), parts)](
-            hidden, head, table, mixed, largest, total, rows, len(head), width, scale, **options
-        )
+        with torch.cuda.device_of(hidden):  # Triton launches where the current device is
+            soft_token_forward[(math.ceil(rows / ROWS), parts)](
+                hidden, head, table, mixed, largest, total, rows, len(head), width, scale, **options
+            )
         log_parts = largest + total.log()  # (parts, B)
         log_total = log_parts.logsumexp(dim=0)
         out = (mixed * (largest - log_total).exp().unsqueeze(-1)).sum(dim=0)  # (B, d)
@@ -82,9 +83,10 @@ class _FusedSoftToken(torch.autograd.Function):
         found = hidden.new_empty(parts, *hidden.shape, dtype=torch.float32)
         mean = (grad.float() * out).sum(dim=1)
         rows, width = hidden.shape
-        soft_token_backward[(math.ceil(rows / ROWS), parts)](
-            hidden, head, table, grad, log_total, mean, found, rows, len(head), width, ctx.scale, **options
-        )
+        with torch.cuda.device_of(hidden):
+            soft_token_backward[(math.ceil(rows / ROWS), parts)](
+                hidden, head, table, grad, log_total, mean, found, rows, len(head), width, ctx.scale, **options
+            )
         return found.sum(dim=0).to(hidden.dtype), None, None, None
 
 

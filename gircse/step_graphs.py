@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ class StepGraphs:
         self._storage: dict[bool, Tensor] = {}  # of keys and values, and of their gradients
         self._turn = _Turn()
 
-    def __reduce__(self) -> tuple[type[StepGraphs], tuple[()]]:
-        return StepGraphs, ()
+    def __reduce__(self) -> tuple[type[StepGraphs], tuple[()], dict[str, bool]]:
+        return StepGraphs, (), {"enabled": self.enabled, "anywhere": self.anywhere}
 
     def serve(self, decoder: Decoder, state: Tensor, num_steps: int) -> bool:
         """Whether steps of this decoder are replayed.
@@ -187,6 +188,8 @@ class StepGraphs:
 
     def drop(self) -> None:
         """Give recordings and their memory back."""
+        if not self._storage:
+            return
         with self._lock:
             self._forget()
             self._storage.clear()
@@ -337,6 +340,7 @@ class Steps:
         self.seen[:rows, :length] = mask != 0
         self.seen[:, length:] = True
         self.padding[:rows] = length - mask.sum(dim=1, keepdim=True)
+        self.padding[rows:] = 0  # an earlier batch's could place these rows before the first position
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """The prompts' keys and values."""
@@ -410,12 +414,19 @@ def _recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Call
     gc.disable()  # an older graph that is destroyed while another is recorded spoils it
     try:
         # Other threads may pin memory for batches to come meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        options: dict[str, Any] = {"pool": pool, "stream": _recording_stream(device)}
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
             work()
     finally:
         if collecting:
             gc.enable()
     return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a device, which share memory only so; PyTorch's own may be of another device."""
+    return torch.cuda.Stream(device)
 
 
 class _Enter(torch.autograd.Function):

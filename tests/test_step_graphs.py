@@ -19,7 +19,7 @@ from gircse.model import GIRCSE
 from gircse.refiner import refine
 from gircse.step_graphs import StepGraphs
 from gircse.train.fused_lora import fused_lora
-from tests.tiny import tiny_model
+from tests.tiny import tiny_backbone, tiny_model
 
 TEXTS = ["one", "two words", "a longer text of several words", "zz", "Instruct: x\nQuery: y", "Instruct: x\nQuery: zzz"]
 
@@ -148,6 +148,32 @@ def test_encode_pads_rows_and_notices_new_weights(backbone: Path) -> None:
     other.encoder.step_graphs.enabled = False
     torch.testing.assert_close(changed, torch.tensor(other.encode(TEXTS)), rtol=1e-3, atol=1e-3)
     assert not pickle.loads(pickle.dumps(model.encoder.step_graphs))._steps
+
+
+def test_fewer_and_shorter_rows_after_a_longer_batch(tmp_path: Path) -> None:
+    """Rows of the buffers that a batch leaves unused have positions too, and GPT-2 looks them up in a table."""
+    path = str(tiny_backbone(tmp_path, "gpt2-learned-positions"))
+    model = GIRCSE.from_backbone(path, num_steps=3, max_seq_length=40, device="cpu")
+    expected = torch.tensor(model.encode(["ab", "cd"]))
+    model.encoder.step_graphs.anywhere = True
+    model.encode(["short", "a" * 26, "b" * 25])
+    torch.testing.assert_close(torch.tensor(model.encode(["ab", "cd"])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_keeps_the_switch(graphs: StepGraphs) -> None:
+    graphs.enabled = False
+    assert not copy.deepcopy(graphs).enabled
+    assert not pickle.loads(pickle.dumps(graphs)).enabled
+
+
+def test_memory_is_given_back_where_the_model_has_left_the_gpu(backbone: Path) -> None:
+    model = lora_model(backbone)
+    model.encoder.step_graphs.anywhere = True
+    model.encode(TEXTS)
+    assert model.encoder.step_graphs._storage
+    model.encoder.step_graphs.anywhere = False
+    model.encode(TEXTS)
+    assert not model.encoder.step_graphs._storage
 
 
 def test_a_second_batch_before_the_first_ones_backward_is_refused(graphs: StepGraphs) -> None:
