@@ -28,10 +28,12 @@ class FrozenLinear(nn.Module):
 
     Attributes:
         kind: What these weights are called in errors.
+        dtype: Of inputs; None where any will do.
         opaque: Attributes that can be neither copied nor sent to other processes, and are made again by `_keep`.
     """
 
     kind: ClassVar[str]
+    dtype: torch.dtype | None = None
     opaque: ClassVar[tuple[str, ...]] = ("_packed",)
     bias: Tensor | None
     _packed: Tensor
@@ -52,10 +54,13 @@ class FrozenLinear(nn.Module):
         """Raise what `forward` cannot do.
 
         Raises:
-            UsageError: x is not on the CPU, or a gradient is wanted.
+            UsageError: x is not on the CPU, a gradient is wanted, or the model's dtype has changed since.
         """
         if x.device.type != "cpu":
             raise UsageError(f"{self.kind} compute on the CPU; choose device cpu, or load the model again")
+        if self.dtype is not None and x.dtype != self.dtype:
+            wanted, given = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, x.dtype))
+            raise UsageError(f"{self.kind} stay {wanted} and were given {given}; load the model again in that dtype")
         if x.requires_grad and torch.is_grad_enabled():
             raise UsageError(f"{self.kind} have no gradients; load the model again to train it")
 
@@ -101,25 +106,31 @@ def freeze_linear_layers(module: nn.Module, make: Callable[[Tensor, Tensor | Non
     Returns:
         How many layers were replaced.
     """
+    tables = {child.weight.data_ptr() for child in module.modules() if isinstance(child, nn.Embedding)}
+    return _freeze(module, make, tables)
+
+
+def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], FrozenLinear], tables: set[int]) -> int:
     count = 0
     for name, child in module.named_children():
-        linear = _folded(child)
+        linear = _folded(child, tables)
         if type(linear) is nn.Linear:
             setattr(module, name, make(linear.weight, linear.bias))
             count += 1
         else:
-            count += freeze_linear_layers(child, make)
+            count += _freeze(child, make, tables)
     return count
 
 
-def _folded(module: nn.Module) -> nn.Module:
-    """The layer under a LoRA layer, with BA added."""
+def _folded(module: nn.Module, tables: set[int]) -> nn.Module:
+    """The layer under a LoRA layer, with BA added; weights at the addresses of `tables` stay as they are."""
     if not isinstance(module, LoraLayer):
         return module
     layer = module.get_base_layer()
     if not module.merged:
         for name, parameter in layer.named_parameters(recurse=False):
-            # A copy: an embedding table may share the weight. In float32: rounded once, after the sum.
-            setattr(layer, name, nn.Parameter(parameter.to(torch.float32, copy=True), requires_grad=False))
+            shared = parameter.data_ptr() in tables
+            # In float32: rounded once, after the sum.
+            setattr(layer, name, nn.Parameter(parameter.to(torch.float32, copy=shared), requires_grad=False))
         module.merge()
     return layer

@@ -74,8 +74,8 @@ class Int8Linear(FrozenLinear):
         rows = x.reshape(-1, self.in_features).float()  # (N, in)
         scale = _scale(rows)  # (N, 1)
         out = torch.ops.onednn.qlinear_pointwise(
-            _two_parts(rows, scale), 1.0, _ZERO, self._packed, self.scale, self._zeros, None, 1.0, 0, torch.float32,
-            "none", [], "",
+            _two_parts(rows, scale), 1.0, _ZERO, self._packed, self.scale.float(), self._zeros, None, 1.0, 0,
+            torch.float32, "none", [], "",
         )  # (2N, out)  # fmt: skip
         first, second = out.chunk(2)
         out = first.add_(second, alpha=1 / _PARTS).mul_(scale)

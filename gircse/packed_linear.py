@@ -33,6 +33,7 @@ class PackedLinear(FrozenLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
         super().__init__(weight, None if bias is None else bias.to(dtype))
+        self.dtype = dtype
         self._keep(weight.detach().to(dtype))
 
     def _keep(self, matrix: Tensor) -> None:
@@ -46,7 +47,7 @@ class PackedLinear(FrozenLinear):
         """The product, (..., out).
 
         Raises:
-            UsageError: x is not on the CPU, or a gradient is wanted.
+            UsageError: x is not on the CPU or of another dtype, or a gradient is wanted.
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)

@@ -247,3 +247,10 @@ def test_other_models_keep_their_weights_and_a_warning_says_so(
         with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, logger="gircse"):
             encoder.load_source("all-minilm-l6-v2", None, quantize=quantize)
         assert [record.message.split(":")[0] for record in caplog.records] == told
+
+
+def test_another_dtype_of_the_rest_is_taken(backbone: Path) -> None:
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, device="cpu").quantize_weights()
+    vectors = torch.tensor(model.encode(["a text", "another"]))
+    changed = torch.tensor(model.bfloat16().encode(["a text", "another"]))
+    assert torch.nn.functional.cosine_similarity(vectors, changed).min() > 0.99
