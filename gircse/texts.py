@@ -37,4 +37,11 @@ def _as_text(item: Any, index: int) -> str:
     if not isinstance(item, str):
         shown = " ".join(repr(item).split())[:60]
         raise UsageError(f"text {index} is no string but {type(item).__name__}: {shown}; leave it out or replace it")
+    try:
+        _ = item.isascii() or item.encode()  # which tokenizers do, and fail without a word about which text
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"text {index} has half of a surrogate pair at character {error.start}, which no encoding can hold; "
+            "read it with errors='replace'"
+        ) from error
     return item

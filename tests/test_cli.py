@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,23 @@ def test_the_hubs_retries_stay_off_the_terminal() -> None:
     with quiet_libraries():
         assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
     hub.setLevel(before)
+
+
+def test_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("gircse.cli.similarity"), "load_model", stop)
+    code, out, err = run(monkeypatch, capsys, "similarity", "a", "b", "--model", saved)
+    assert (code, out, err) == (130, "", "error: stopped by Ctrl-C\n")
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere/out.html")
+
+    monkeypatch.setattr(import_module("gircse.cli.similarity"), "load_model", fail)
+    code, _, err = run(monkeypatch, capsys, "similarity", "a", "b", "--model", saved)
+    assert (code, err) == (1, "error: /somewhere/out.html: Permission denied\n")

@@ -40,6 +40,11 @@ def test_what_is_no_text_is_refused_with_its_place(model: GIRCSE, wrong: Any) ->
         model.encode(["fine", wrong], output_value=None)
 
 
+def test_half_a_character_is_refused_with_its_place(model: GIRCSE) -> None:
+    with pytest.raises(UsageError, match="text 1 has half of a surrogate pair at character 2"):
+        model.encode(["fine é 😀", "ab\ud83d"])
+
+
 def test_a_column_with_a_gap_is_refused(model: GIRCSE) -> None:
     with pytest.raises(UsageError, match="text 2 is no string but"):
         model.encode(pd.Series([*TEXTS, None]))

@@ -102,6 +102,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped by Ctrl-C", 130)
+    except SystemExit as stop:  # what Typer makes of Ctrl-C, without a word
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            _fail("stopped by Ctrl-C", 130)
+        raise
     except BrokenPipeError:
         # The reader of our output has gone (`gircse ... | head`); flushing at exit must not complain about it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,6 +113,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            _fail(f"{error.filename}: {error.strerror}", 1)
         _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1)
 
 
