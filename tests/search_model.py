@@ -56,7 +56,7 @@ class WordModel:
             checksum_before_freezing=None,
             reference=SimpleNamespace(sha256=checksum),
             refinement=SimpleNamespace(pooling="mean", temperature=1.0, attention="causal"),
-            get_config_dict=lambda: {"weights": "backbone"},
+            weights="backbone",
             backbone=SimpleNamespace(named_parameters=list),
             max_seq_length=self.max_seq_length,
             tokenizer=self.tokenizer,

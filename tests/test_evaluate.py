@@ -9,13 +9,14 @@ from typing import Any, cast
 import mteb
 import numpy as np
 import pytest
+import torch
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from gircse.evaluate.encoder import GenerativeSource, PlainSource, folder_revision
+from gircse.evaluate.encoder import GenerativeSource, PlainSource, folder_revision, model_meta
 from gircse.evaluate.results import Result, Results, read_results
 from gircse.evaluate.run import EvaluationSettings, Event, evaluate_model
 from gircse.evaluate.suites import TaskRequest
@@ -302,10 +303,68 @@ def test_samples_repeat_and_keep_what_is_relevant(model: GIRCSE, data: Path) -> 
     assert own["topic"]["test"]["labels"] == control["topic under parity"]["test"]["labels"]
 
 
+def test_variants_of_a_sample_are_of_the_same_items(model: GIRCSE, data: Path, tmp_path: Path) -> None:
+    others = {"perturbations": ("typos",), "paraphrases": {"*": ["Say it otherwise"]}}
+    names = ("STSBenchmark", "MyClassification", "SciFact")
+    _, results = score(Counting(model, (2,)), data, tmp_path, *names, limit=5, **others)
+    for name in names:
+        found = [result for result in results.all if result.task == name]
+        assert len(found) == 3
+        assert len({result.facts["sample"] for result in found}) == 1
+        assert found[0].facts["sample"].startswith("5 of ")
+        clean = results.by_cell[name, results.columns[0]]
+        assert [test.n for test in (result.against(clean) for result in found) if test] == [5, 5, 5]
+
+
 def test_fewer_rows_than_mteb_are_said_to_be_fewer(data: Path) -> None:
     (planned,) = local_tasks(data, "STSBenchmark")
     planned.load(42)
     assert planned.sample == "all; 23 rows where MTEB has 1379: not comparable with published scores"
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean", "cosine"])
+def test_other_models_are_scored_by_their_own_similarity(data: Path, tmp_path: Path, similarity: Any) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(97, 8) * 5 * torch.rand(97, 1)  # of all lengths
+    static = StaticEmbedding(tiny_tokenizer(), embedding_weights=weights.numpy())
+    plain = SentenceTransformer(modules=[static], similarity_fn_name=similarity, device="cpu")
+    for name in ("SciFact", "MyBitextMining"):
+        _, results = score(PlainSource(plain, "test/static", "0"), data, tmp_path, name)
+        result = next(result for result in results.all if result.task == name)
+        assert result.facts["fingerprint"].get("similarity", "cosine") == similarity
+        (planned,) = local_tasks(data, name)
+        planned.load(42)
+        encoded = _Encoded(plain)
+        found = mteb.evaluate(cast(Any, encoded), planned.task, cache=None, show_progress_bar=False, co2_tracker=False)
+        assert result.score == pytest.approx(100 * found.task_results[0].get_score(), abs=1e-3)
+        events, _ = score(PlainSource(plain, "test/static", "0"), data, tmp_path, name)
+        assert [event.stage for event in events] == ["skipped"]
+
+
+class _Encoded(_Given):
+    """A SentenceTransformer as mteb encoder, and nothing else."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode(self, inputs: Any, **kwargs: Any) -> Any:
+        return self.model.encode([text for batch in inputs for text in batch["text"]])
+
+    def similarity(self, a: Any, b: Any) -> Any:
+        return self.model.similarity(a, b)
+
+    def similarity_pairwise(self, a: Any, b: Any) -> Any:
+        return self.model.similarity_pairwise(a, b)
+
+
+def test_vectors_cut_short_are_scored_so(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "truncate_dim", 8)
+    source = GenerativeSource(model, [0, 2], "test/tiny", "0")
+    vectors, _, _ = source.embed(["rain", "bread and more"], "")
+    expected = model.encode(["rain", "bread and more"], num_steps=2, normalize_embeddings=True)
+    assert vectors.shape == (2, 2, model_meta(source, 2, {}).embed_dim)
+    assert np.allclose(vectors[:, 1], expected, atol=1e-5)
 
 
 def test_any_sentence_transformer_is_scored_as_it_encodes(model: GIRCSE, data: Path, tmp_path: Path) -> None:

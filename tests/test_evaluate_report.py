@@ -287,6 +287,29 @@ def test_noise_is_tested_in_pairs_under_its_seed(tmp_path: Path) -> None:
     assert rows["Groups"].count("<td>–</td>") == 3
 
 
+def test_items_of_other_data_do_not_pair_and_are_said_to_be_others(tmp_path: Path) -> None:
+    for model, data in (("first", "1a2b"), ("second", "1a2b"), ("third", "9f8e")):
+        write_result(tmp_path, model, 2, "Pairs", own_steps=2, fingerprint={"data": data})
+        write_result(tmp_path, model, 2, "Questions", own_steps=2, fingerprint={"data": "5c"})
+    results = read_results(tmp_path)
+    assert results.comparison("Pairs", "first K=2", "second K=2") is not None
+    assert results.comparison("Pairs", "first K=2", "third K=2") is None
+    found = results.mean_comparison("first K=2", "third K=2")
+    assert found is not None
+    assert (found.tasks, found.unpaired) == (["Questions"], ["Pairs"])
+    write_report(results, tmp_path / "report.html")
+    said = (
+        "Pairs was scored on different data (checksums), evaluate it again to compare: "
+        "first K=2, second K=2 on 1a2b; third K=2 on 9f8e"
+    )
+    assert results.on_different_data() == [said]
+    assert said in (tmp_path / "report.html").read_text()
+    for arguments in ([], ["--markdown"], ["--json"]):
+        result = CliRunner().invoke(app, [str(tmp_path), *arguments])
+        assert (result.exit_code, result.stderr) == (0, said + "\n")
+    assert {row["data"] for row in json.loads(result.stdout)["results"]} == {"1a2b", "9f8e", "5c"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(tmp_path: Path, browser: Any, width: int) -> None:

@@ -118,6 +118,17 @@ def test_embedders_of_one_path_share_the_weights(folder: str) -> None:
     assert not np.allclose(first.embed_queries(["a cat"]), second.embed_queries(["a cat"]), atol=1e-4)
 
 
+@pytest.mark.parametrize("truncate_dim", [None, 8])
+def test_dimensions_are_those_of_the_vectors(tiny: GIRCSE, tmp_path: Path, truncate_dim: int | None) -> None:
+    with tiny.truncate_embeddings(truncate_dim):
+        tiny.save_pretrained(str(tmp_path))
+    embedder = Embedder(str(tmp_path), device="cpu")
+    assert embedder.dimensions == (truncate_dim or 32)
+    for vectors in (embedder.embed_queries(TEXTS), embedder.embed_documents(TEXTS)):
+        assert vectors.shape == (len(TEXTS), embedder.dimensions)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
 def test_wrong_arguments_are_refused(tiny: GIRCSE) -> None:
     with pytest.raises(UsageError, match=r"model\.to"):
         Embedder(tiny, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
+from gircse.search import SearchMode, table
 from gircse.search.index import IndexProgress
 from gircse.search.rerank import rerank
 from gircse.search.search import SearchIndex, fuse
@@ -75,6 +77,57 @@ def test_text_search_needs_no_model_and_filters(folder: Path) -> None:
         index.search("cats")
     with pytest.raises(UsageError, match=r"colour.*metadata columns: (kind, year|year, kind)"):
         index.search("cats", mode="text", where="colour = 'red'")
+
+
+@pytest.mark.parametrize("mode", ["vector", "text", "hybrid"])
+def test_metadata_may_be_called_as_what_a_search_adds(tmp_path: Path, mode: SearchMode) -> None:
+    names = {"score": 9.5, "similarity": 0.1, "bm25": 7.0, "metadata": "m", "text_": "t"}
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"id": str(n), "text": f"film {n} of honey", **names, "score": n + 0.5} for n in range(3)]
+    corpus.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    model: Any = WordModel()
+    make_index(corpus, tmp_path / "i", model, settings(model_checksum=vectors_checksum(model.encoder)))
+    hit = SearchIndex(tmp_path / "i", model).search("film 2", mode=mode, top=1, where="score > 1 AND bm25 = 7.0")[0]
+    assert (hit.document_id, hit.metadata) == ("2", {**names, "score": 2.5})
+    assert (hit.similarity is None) == (mode == "text")
+    assert hit.similarity != names["similarity"]
+    assert hit.score not in (2.5, names["bm25"])
+
+
+@pytest.mark.filterwarnings("ignore:optimize")
+def test_an_index_that_stays_open_follows_its_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_OLD_VERSIONS", timedelta(0))  # as if an hour lay between the updates
+    corpus, folder = tmp_path / "corpus.jsonl", tmp_path / "an.index"
+    model: Any = WordModel()
+    other: Any = WordModel(checksum="another")
+
+    def update(edition: str, documents: int, model: Any = model, **options: Any) -> None:
+        rows = [{"id": str(n), "text": f"film {n} {edition}", edition: n} for n in range(documents)]
+        corpus.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        made_with = settings(model_checksum=vectors_checksum(model.encoder), **options)
+        make_index(corpus, folder, model, made_with, overwrite="num_steps" in options)
+
+    update("first", 5)
+    index = SearchIndex(folder, model)
+    for edition, documents in (("second", 7), ("third", 4)):
+        update(edition, documents)
+        for mode in ("vector", "text", "hybrid"):
+            hits = index.search(f"film 3 {edition}", mode=mode, where=f"{edition} >= 0")
+            assert len(hits) == documents
+            assert (hits[0].text, hits[0].metadata) == (f"film 3 {edition}", {edition: 3})
+        assert index.manifest.documents == documents
+
+    update("anew", 6, num_steps=1)
+    model.calls.clear()
+    assert len(index.search("film", num_steps=1)) == 6
+    assert model.calls == [1]
+    update("other", 3, other, num_steps=1)
+    for _ in range(2):
+        with pytest.raises(GircseError, match="weights are not those of the model given"):
+            index.search("film")
+    assert len(index.search("film", mode="text")) == 3
+    index.use_model(other)
+    assert len(index.search("film")) == 3
 
 
 def test_filters_come_before_the_ranking(index: SearchIndex) -> None:
@@ -177,6 +230,30 @@ def test_rerank_texts() -> None:
     assert rerank(model, "ants", texts, instruction="cats sleep")[0].index == 0
     with pytest.raises(UsageError, match="query is empty"):
         rerank(model, " ", texts)
+
+
+def test_vectors_cut_short_are_indexed_searched_and_ranked(backbone: Path, tmp_path: Path) -> None:
+    whole = GIRCSE.from_backbone(str(backbone), num_steps=1, max_seq_length=48, device="cpu")
+    whole.truncate_dim = 8
+    whole.save_pretrained(str(tmp_path / "saved"))
+    model, whole.truncate_dim = GIRCSE(str(tmp_path / "saved"), device="cpu"), None
+    corpus, folder, texts = tmp_path / "corpus.txt", tmp_path / "an.index", ["ants dig", "bees fly", "cats sleep"]
+    corpus.write_text("\n".join(texts), encoding="utf-8")
+    facts = {"model_checksum": vectors_checksum(model.encoder), "num_steps": 1, "dimension": 8, "id_column": None}
+    make_index(corpus, folder, model, settings(**facts))
+    index = SearchIndex(folder, model)
+    query, documents = model.encode("bees fly"), model.encode(texts)
+    cosines = documents @ query / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
+    best = [texts[place] for place in np.argsort(-cosines)]
+    model.prompts["query"] = ""
+    for hits in (index.search("bees fly", mode="vector"), index.search("bees fly", mode="vector", rerank_steps=1)):
+        assert [hit.text for hit in hits] == best
+        assert [hit.score for hit in hits] == pytest.approx(sorted(cosines, reverse=True), abs=1e-5)
+    ranked = rerank(model, "bees fly", texts)
+    assert [document.text for document in ranked] == best
+    assert [document.score for document in ranked] == pytest.approx(sorted(cosines, reverse=True), abs=1e-5)
+    with pytest.raises(GircseError, match="vectors of 8 numbers, and this model's have 32; set its truncate_dim"):
+        SearchIndex(folder, whole)
 
 
 def test_checksums_tell_models_apart(backbone: Path, tmp_path: Path) -> None:

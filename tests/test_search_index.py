@@ -98,6 +98,13 @@ def test_other_settings_are_refused_and_overwrite_takes_them(tmp_path: Path) -> 
         make_index(corpus, folder, made_with=settings(num_steps=3))
 
 
+@pytest.mark.parametrize("name", ["_distance", "_rowoffset", "_row_created_at_version", "_Row_Last_Updated_At_Version"])
+def test_names_that_the_table_needs_are_refused(tmp_path: Path, name: str) -> None:
+    corpus = write(tmp_path / "corpus.jsonl", {"a": {"text": "ants", name: 1}})
+    with pytest.raises(UsageError, match=f"'{name}', a name that the index needs for itself; rename it"):
+        make_index(corpus, tmp_path / "an.index")
+
+
 def test_what_is_not_an_index_is_left_alone(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", {"a": {"text": "ants", "vector": 1}})
     with pytest.raises(UsageError, match="'vector', a name that the index needs"):

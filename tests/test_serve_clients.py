@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ def test_openai(server: str, model: GIRCSE) -> None:
     prompt = model.format_instruction("find")
     found = [item.embedding for item in answer.data]
     np.testing.assert_allclose(found, expected(model, texts, num_steps=1, prompt=prompt), atol=1e-5)
+    answer = client.embeddings.create(model=NAME, input=texts, extra_body={"input_type": "query"})
+    queries = model.encode_query(texts, normalize_embeddings=True)
+    np.testing.assert_allclose([item.embedding for item in answer.data], queries, atol=1e-5)
     assert [card.id for card in client.models.list()] == [NAME, "text-embedding-ada-002"]
     assert client.models.retrieve(NAME).owned_by == "gircse"
 
@@ -71,6 +75,46 @@ def test_langchain(server: str, model: GIRCSE) -> None:
     texts = ["a cat", "dogs"]
     np.testing.assert_allclose(client.embed_documents(texts), expected(model, texts), atol=1e-5)
     np.testing.assert_allclose(client.embed_query("a cat"), expected(model, ["a cat"])[0], atol=1e-5)
+
+
+def test_langchain_with_queries_as_queries(server: str, model: GIRCSE) -> None:
+    from langchain_core.vectorstores import InMemoryVectorStore
+    from langchain_openai import OpenAIEmbeddings
+
+    class QueryEmbeddings(OpenAIEmbeddings):
+        def embed_query(self, text: str, **options: Any) -> list[float]:
+            return super().embed_query(text, extra_body={"input_type": "query"}, **options)
+
+        async def aembed_query(self, text: str, **options: Any) -> list[float]:
+            return await super().aembed_query(text, extra_body={"input_type": "query"}, **options)
+
+    client = QueryEmbeddings(model=NAME, base_url=server, api_key=KEY, check_embedding_ctx_length=False)  # type: ignore[arg-type]
+    query = model.encode_query("a cat", normalize_embeddings=True)
+    documents = expected(model, ["a cat", "dogs"])
+    np.testing.assert_allclose(client.embed_query("a cat"), query, atol=1e-5)
+    np.testing.assert_allclose(asyncio.run(client.aembed_query("a cat")), query, atol=1e-5)
+    np.testing.assert_allclose(client.embed_documents(["a cat", "dogs"]), documents, atol=1e-5)
+    store = InMemoryVectorStore(client)
+    store.add_texts(["a cat", "dogs"])
+    found = {document.page_content: score for document, score in store.similarity_search_with_score("a cat", k=2)}
+    assert [found["a cat"], found["dogs"]] == pytest.approx((documents @ query).tolist(), abs=1e-5)
+
+
+def test_llama_index_with_queries_as_queries(server: str, model: GIRCSE) -> None:
+    from llama_index.core import VectorStoreIndex
+    from llama_index.core.schema import TextNode
+    from llama_index.embeddings.openai import OpenAIEmbedding
+
+    def client(**options: Any) -> OpenAIEmbedding:
+        return OpenAIEmbedding(model_name=NAME, api_base=server, api_key=KEY, max_retries=0, **options)
+
+    texts = ["a cat", "dogs"]
+    index = VectorStoreIndex([TextNode(text=text) for text in texts], embed_model=client())
+    queries = client(additional_kwargs={"extra_body": {"input_type": "query"}})
+    found = index.as_retriever(embed_model=queries, similarity_top_k=2).retrieve("a cat")
+    query = model.encode_query("a cat", normalize_embeddings=True)
+    scores = dict(zip(texts, (expected(model, texts) @ query).tolist(), strict=True))
+    assert {node.text: node.score for node in found} == pytest.approx(scores, abs=1e-5)
 
 
 def test_llama_index(server: str, model: GIRCSE) -> None:

@@ -70,6 +70,39 @@ def test_embeddings_are_those_of_the_library(server: str, model: GIRCSE) -> None
     np.testing.assert_allclose(short, expected, atol=1e-5)
 
 
+def test_queries_and_documents_stand_under_the_models_own_prompts(model: GIRCSE, monkeypatch: Any) -> None:
+    monkeypatch.setitem(model.prompts, "document", "text: ")
+    texts = ["a cat sleeps", "x"]
+    with running(Service(model, tiny_settings(), NAME)) as server:
+        for input_type, encode in (("query", model.encode_query), ("document", model.encode_document)):
+            response = post(server, {"input": texts, "input_type": input_type})
+            np.testing.assert_allclose(vectors(response), encode(texts, normalize_embeddings=True), atol=1e-5)
+            told = CLIENT.get(server + "/v1/models").json()["data"][0]["prompts"]
+            assert response.json()["usage"]["prompt_tokens"] == 13 + 2 * len(told[input_type])
+        assert told == {"query": "query: ", "document": "text: "}
+        both = error(post(server, {"input": "a", "input_type": "query", "instruction": "find"}), 400)
+        assert both["param"] == "input_type"
+        assert "not both" in both["message"]
+        assert error(post(server, {"input": [1, 2], "input_type": "query"}), 400)["param"] == "input"
+        assert error(post(server, {"input": "a", "input_type": "passage"}), 400)["param"] == "input_type"
+
+
+def test_vectors_have_the_dimension_that_the_model_is_said_to_have(model: GIRCSE, monkeypatch: Any) -> None:
+    monkeypatch.setattr(model, "truncate_dim", 8)
+    with running(Service(model, tiny_settings(), NAME)) as server:
+        assert CLIENT.get(server + "/v1/models").json()["data"][0]["dimension"] == 8
+        found = vectors(post(server, {"input": ["a cat sleeps"]}))
+        np.testing.assert_allclose(found, model.encode(["a cat sleeps"], normalize_embeddings=True), atol=1e-5)
+        assert found.shape == (1, 8)
+        assert vectors(post(server, {"input": "a", "dimensions": 8})).shape == (1, 8)
+        assert "between 1 and 8" in error(post(server, {"input": "a", "dimensions": 9}), 400)["message"]
+        ranking = post(server, {"query": "a cat", "documents": ["a cat", "dogs"]}, "/v1/rerank").json()["results"]
+        both = model.encode_query("a cat"), model.encode_document(["a cat", "dogs"])
+        expected = model.similarity(*both)[0].numpy()
+        scores = [result["relevance_score"] for result in ranking]
+        assert scores == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+
+
 def test_every_form_of_input_and_encoding(server: str, model: GIRCSE) -> None:
     texts = ["a cat", "dogs"]
     ids = model.tokenize_texts(texts).ids

@@ -65,6 +65,8 @@ def report(
         console = Console(width=None if sys.stdout.isatty() else 200)
         for table in (terminal_table(found), *summary_tables(found)):
             console.print(table)
+    for line in found.on_different_data():
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def terminal_table(results: Results) -> Table:
@@ -179,7 +181,7 @@ def _as_json(results: Results) -> dict[str, Any]:
     keys = (*asked, "perturbation", "paraphrase", "instructions", "cost")
     rows = [
         {key: result.facts[key] for key in keys}
-        | {"column": result.column, "score": result.score, "interval": result.interval}
+        | {"data": result.data, "column": result.column, "score": result.score, "interval": result.interval}
         for result in results.all
     ]
     return {"results": rows, "comparisons": results.comparison_tables()}

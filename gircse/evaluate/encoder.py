@@ -57,7 +57,7 @@ class TextSource(Protocol):
 
 
 class GenerativeSource:
-    """A GIRCSE model. Vectors are L2-normalised.
+    """A GIRCSE model. Vectors are L2-normalised, and of the model's `truncate_dim` where it has one.
 
     Args:
         model: The model.
@@ -94,12 +94,12 @@ class GenerativeSource:
         pooled = states
         if max(steps):
             pooled = torch.cat([states[:, :1], pool_steps(states, self.model.encoder.refinement.pooling)], dim=1)
-        vectors = torch.nn.functional.normalize(pooled[:, steps], dim=-1).numpy()
+        vectors = torch.nn.functional.normalize(pooled[:, steps, : self.model.truncate_dim], dim=-1).numpy()
         return vectors, clock[steps], tokens
 
 
 class PlainSource:
-    """Any other SentenceTransformer, with the prompts it brings itself and without instructions.
+    """Any other SentenceTransformer, with the prompts and the similarity it brings itself and without instructions.
 
     Args:
         model: The model.
@@ -260,19 +260,31 @@ class StepEncoder(AbsEncoder):
             texts = [self.change(text) for text in texts]
         return self.store.get(texts, prompts, self.step)
 
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Of every vector (n, d) to every other (m, d): (n, m), the greater the nearer."""
+        source = self.store.source
+        known = source.model if isinstance(source, PlainSource) else super()  # AbsEncoder refuses some functions
+        return known.similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """The same of pairs, (n, d) and (n, d): (n,)."""
+        source = self.store.source
+        known = source.model if isinstance(source, PlainSource) else super()
+        return known.similarity_pairwise(embeddings1, embeddings2)
+
 
 def model_meta(source: TextSource, step: int | None, settings: Mapping[str, Any]) -> ModelMeta:
     """What mteb files scores under: settings besides name and revision become the experiment's."""
     experiment = {"dtype": source.dtype, **({} if step is None else {"num_steps": step}), **settings}
     model: GIRCSE | SentenceTransformer = getattr(source, "model")  # noqa: B009
     encoder = source.model.encoder if isinstance(source, GenerativeSource) else None
-    longest = model.max_seq_length
+    longest, similarity = model.max_seq_length, model.similarity_fn_name
     return ModelMeta.create_empty(
         overwrites={
             "name": source.name,
             "revision": source.revision,
             "experiment_kwargs": experiment,
-            "similarity_fn_name": ScoringFunction.COSINE,
+            "similarity_fn_name": ScoringFunction.COSINE if encoder else ScoringFunction.from_str(similarity),
             "use_instructions": encoder is not None,
             "framework": ["Sentence Transformers", "PyTorch"],
             "n_parameters": encoder.num_parameters if encoder else sum(p.numel() for p in model.parameters()),

@@ -53,6 +53,7 @@ def write_report(results: Results, output: Path) -> Path:
         kinds=_score_table(results),
         means=_means(results),
         common=common,
+        on_different_data=results.on_different_data(),
         comparisons=results.comparison_tables(),
         costs=results.costs(),
         facets=_facets(results),

@@ -59,6 +59,11 @@ class Result:
         return _column(self.label, self.num_steps)
 
     @property
+    def data(self) -> str | None:
+        """Checksum of the task's folder, or revision of the data on the hub."""
+        return self.facts["fingerprint"].get("data")
+
+    @property
     def is_plain(self) -> bool:
         """Clean texts under the task's own instruction, and not a control."""
         facts = self.facts
@@ -81,9 +86,8 @@ class Result:
 
     def against(self, other: Result) -> Comparison | None:
         """Paired test of this result against another, as `compare`; None where their items are not the same."""
-        if self.items is None or other.items is None or self.facts["sample"] != other.facts["sample"]:
-            return None
-        return compare(self.items, other.items)
+        same = self.data == other.data and self.facts["sample"] == other.facts["sample"]
+        return compare(self.items, other.items) if same and self.items and other.items else None
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,24 @@ class Results:
     def steps(self, model: str) -> list[int | None]:
         """Steps of a model, ascending."""
         return sorted({r.num_steps for r in self.plain if r.label == model}, key=lambda k: -1 if k is None else k)
+
+    def data_of(self, task: str) -> dict[str | None, list[str]]:
+        """Checksum of a task's data to the columns that were scored on them: more than one where the data changed."""
+        found: dict[str | None, list[str]] = {}
+        for column in self.columns:
+            if (task, column) in self.by_cell:
+                found.setdefault(self.by_cell[task, column].data, []).append(column)
+        return found
+
+    def on_different_data(self) -> list[str]:
+        """Of each task whose columns were scored on different data a line that says which can be compared."""
+        lines = []
+        for _, task in self.tasks:
+            data = self.data_of(task)
+            if len(data) > 1:
+                groups = "; ".join(f"{', '.join(columns)} on {checksum}" for checksum, columns in data.items())
+                lines.append(f"{task} was scored on different data (checksums), evaluate it again to compare: {groups}")
+        return lines
 
     def common_tasks(self, columns: Sequence[str]) -> list[str]:
         """Tasks that every one of the columns was scored on: the only ones to average over."""

@@ -29,6 +29,7 @@ import numpy as np
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
 
 from gircse._version import __version__
 from gircse.errors import GircseError
@@ -199,6 +200,9 @@ def _run_task(
     instructions = variant.reword(planned.instructions)
     prompts = {subset: source.prompt(instruction, None) for subset, instruction in instructions.items()}
     fingerprint: dict[str, Any] = {"prompts": prompts, "data": planned.checksum or planned.task.metadata.revision}
+    similarity = metas[source.steps[0]].similarity_fn_name
+    if similarity is not ScoringFunction.COSINE:  # so results by cosine, which never said so, stay valid
+        fingerprint["similarity"] = similarity
     if variant.perturbation is not None:
         fingerprint["seed"] = settings.seed
     done: dict[int | None, float] = {}

@@ -90,6 +90,7 @@ class PlannedTask:
     checksum: str | None = None
     limit: int | None = None
     sample: str = field(default="all")
+    _ready: bool = field(default=False, init=False)
 
     @property
     def name(self) -> str:
@@ -97,7 +98,9 @@ class PlannedTask:
         return str(self.task.metadata.name)
 
     def load(self, seed: int) -> None:
-        """Load the data, and sample them where a limit is set."""
+        """Load the data, and sample them where a limit is set; where that is done already, nothing."""
+        if self._ready and self.task.data_loaded:
+            return
         self.task.load_data()
         if isinstance(self.task, AbsTaskRetrieval):
             self.task.convert_v1_dataset_format_to_v2(num_proc=None)
@@ -109,6 +112,7 @@ class PlannedTask:
         elif self.checksum is not None:
             self.sample = _compared_with_mteb(self.task)
         spare_work(self.task)
+        self._ready = True
 
 
 @cache

@@ -16,7 +16,7 @@ from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.search import DEFAULT_CANDIDATES, SearchMode
 from gircse.search.index import embed_chunks
-from gircse.search.manifest import Manifest
+from gircse.search.manifest import IndexSettings, Manifest
 from gircse.search.rerank import embed_query
 from gircse.search.table import ChunkTable
 
@@ -49,7 +49,7 @@ class SearchHit:
 
 
 class SearchIndex:
-    """An index that `gircse.search.index.index_corpus` made.
+    """An index that `gircse.search.index.index_corpus` made. It may stay open: every search sees the last update.
 
     Args:
         folder: The index.
@@ -69,6 +69,7 @@ class SearchIndex:
         self.manifest = Manifest.read(self.folder)
         self.table = ChunkTable.open(self.folder)
         self.model: GIRCSE | None = None
+        self._model_fits: IndexSettings | None = None
         if model is not None:
             self.use_model(model)
 
@@ -76,15 +77,21 @@ class SearchIndex:
         """Embed queries with this model from now on.
 
         Raises:
-            GircseError: It is not the one that embedded the documents.
+            GircseError: It is not the one that embedded the documents, or its vectors have another length.
         """
-        if vectors_checksum(model.encoder) != self.manifest.settings.model_checksum:
-            name = self.manifest.settings.model or "another version of the model that ships with gircse"
+        settings = self.manifest.settings
+        if vectors_checksum(model.encoder) != settings.model_checksum:
+            name = settings.model or "another version of the model that ships with gircse"
             raise GircseError(
                 f"{self.folder} was made with {name}, whose weights are not those of the model given; "
                 "search with that model, or index the corpus again with --overwrite"
             )
-        self.model = model
+        if model.get_embedding_dimension() != settings.dimension:
+            raise GircseError(
+                f"{self.folder} holds vectors of {settings.dimension} numbers, and this model's have "
+                f"{model.get_embedding_dimension()}; set its truncate_dim, or index the corpus again with --overwrite"
+            )
+        self.model, self._model_fits = model, settings
 
     def search(
         self,
@@ -116,7 +123,8 @@ class SearchIndex:
 
         Raises:
             UsageError: An argument is out of range, `where` is not understood, or K is not that of the index.
-            GircseError: There is no model, or ``mode="text"`` is asked of an index that lacks its full-text part yet.
+            GircseError: There is no model, the index has been made anew with another one, or ``mode="text"`` is asked
+                of an index that lacks its full-text part yet.
         """
         self.check(query, where, num_steps)
         if top < 1 or candidates < 1:
@@ -126,6 +134,8 @@ class SearchIndex:
         else:
             if self.model is None:
                 raise GircseError("search by meaning needs the model: SearchIndex(folder, model)")
+            if self._model_fits != self.manifest.settings:  # the index was made anew since
+                self.use_model(self.model)
             prompt = self._query_prompt(instruction)
             vector = embed_query(self.model, query, prompt, self.manifest.settings.num_steps)
         key = "chunk_id" if chunks else "document_id"
@@ -141,10 +151,11 @@ class SearchIndex:
         """Refuse what `search` would refuse, before a model is loaded for it.
 
         Raises:
-            UsageError: The query is empty, `where` is not understood, or K is not that of the index.
+            UsageError: The query is empty, `where` is not understood, K is not that of the index, or the index is gone.
         """
         if not query.strip():
             raise UsageError("the query is empty; give a text")
+        self.manifest = Manifest.read(self.folder)
         made = self.manifest.settings.num_steps
         if num_steps is not None and num_steps != made:
             raise UsageError(
@@ -196,9 +207,8 @@ class SearchIndex:
         return sorted(ranked, key=lambda row: -row["score"])
 
     def _hit(self, row: dict[str, Any]) -> SearchHit:
-        metadata = {name: row[name] for name in self.table.metadata_columns if row[name] is not None}
         return SearchHit(
-            row["document_id"], row["chunk_id"], row["score"], row.get("similarity"), row["text"], metadata
+            row["document_id"], row["chunk_id"], row["score"], row.get("similarity"), row["text"], row["metadata"]
         )
 
 

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 _NAME = "chunks"
 _OWN_COLUMNS = ("chunk_id", "document_id", "chunk_number", "document_hash", "text", "vector")
-_LANCE_COLUMNS = ("_distance", "_score", "_rowid", "_rowaddr")
+_LANCE_COLUMNS = (
+    "_distance",
+    "_score",
+    "_rowid",
+    "_rowaddr",
+    "_rowoffset",
+    "_row_created_at_version",
+    "_row_last_updated_at_version",
+)
 _SHOWN = ("chunk_id", "document_id", "chunk_number", "text")
 _ARROW_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "string": pa.string()}
 _IDS_A_FILTER = 500
@@ -56,7 +64,7 @@ class Chunk:
 
 
 class ChunkTable:
-    """The chunks of an index.
+    """The chunks of an index, always as the last commit left them, whichever process made it.
 
     Args:
         table: A LanceDB table, see `open` and `create`.
@@ -194,16 +202,21 @@ class ChunkTable:
             yield from batch.column("document_id").to_pylist()
 
     def vector_search(self, vector: np.ndarray, limit: int, where: str | None, *, exact: bool) -> list[dict[str, Any]]:
-        """The nearest chunks, nearest first, with ``similarity``: the cosine to the vector, (d,)."""
+        """The nearest chunks, nearest first, with ``similarity``: the cosine to the vector, (d,).
+
+        A row has the columns that are this package's own, but for the vector, and a document's ``metadata`` as a
+        dictionary without nulls.
+        """
         query = self._table.search(vector, vector_column_name="vector").distance_type("cosine").limit(limit)
         query = query.bypass_vector_index() if exact else query.refine_factor(_REFINE)
-        rows = self._ask(query.select([*_SHOWN, *self.metadata_columns, "_distance"]), where)
-        for row in rows:
-            row["similarity"] = 1.0 - row.pop("_distance")
-        return rows
+        metadata = self.metadata_columns
+        rows = self._ask(query.select([*_SHOWN, *metadata, "_distance"]), where)
+        return [{**_shown(row, metadata), "similarity": 1.0 - row["_distance"]} for row in rows]
 
     def text_search(self, text: str, limit: int, where: str | None, vector: np.ndarray | None) -> list[dict[str, Any]]:
         """The chunks that share words with `text`, by BM25 (``bm25``); with ``similarity`` where a vector is given.
+
+        Rows are as those of `vector_search`.
 
         Raises:
             GircseError: There is no full-text index yet.
@@ -214,12 +227,12 @@ class ChunkTable:
             raise GircseError("full-text search needs a finished index; run gircse index again, or use --mode vector")
         query = self._table.search(MatchQuery(text, "text"), query_type="fts")  # type: ignore[call-arg]  # has defaults
         query = query.limit(limit)
-        columns = [*_SHOWN, *self.metadata_columns, "_score", *(["vector"] if vector is not None else [])]
-        rows = self._ask(query.select(columns), where)
-        for row in rows:
-            row["bm25"] = row.pop("_score")
-            if vector is not None:
-                row["similarity"] = float(np.asarray(row.pop("vector")) @ vector)
+        metadata = self.metadata_columns
+        columns = [*_SHOWN, *metadata, "_score", *(["vector"] if vector is not None else [])]
+        rows = []
+        for row in self._ask(query.select(columns), where):
+            similarity = {} if vector is None else {"similarity": float(np.asarray(row["vector"]) @ vector)}
+            rows.append({**_shown(row, metadata), "bm25": row["_score"], **similarity})
         return sorted(rows, key=lambda row: (-row["bm25"], row["chunk_id"]))
 
     def check_where(self, where: str) -> None:
@@ -269,7 +282,14 @@ def _connect(folder: Path) -> Any:
         import lancedb
     except ImportError as error:
         raise MissingExtraError("search", "search") from error
-    return lancedb.connect(folder)
+    # Without an interval a table that stays open would keep to its version, whose files an update removes in the end.
+    return lancedb.connect(folder, read_consistency_interval=timedelta(0))
+
+
+def _shown(row: Mapping[str, Any], metadata: Sequence[str]) -> dict[str, Any]:
+    """A row with its metadata apart: their names are the corpus's, and may be those of what a search adds."""
+    found = {name: row[name] for name in metadata if row[name] is not None}
+    return {**{name: row[name] for name in _SHOWN}, "metadata": found}
 
 
 def _one_of(column: str, values: Iterable[str]) -> str:

@@ -120,6 +120,7 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
                 body.input,
                 model=body.model,
                 instruction=body.instruction,
+                input_type=body.input_type,
                 num_steps=body.num_steps,
                 dimensions=body.dimensions,
             ),
@@ -185,6 +186,7 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
             max_num_steps=0 if service.model.encoder.refinement.encoder_only else service.settings.max_num_steps,
             max_tokens=service.limits.max_tokens,
             max_items=service.settings.max_items,
+            prompts={"query": service.own_prompt("query"), "document": service.own_prompt("document")},
         )
 
     @app.get("/v1/models", tags=["models"])

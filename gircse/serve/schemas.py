@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, WithJsonSchema
 
-from gircse.serve.settings import MAX_ITEMS
+from gircse.serve.settings import MAX_ITEMS, InputType
 
 # Inputs are checked by hand: a union of four list types would report each of 2,048 items against each of its members.
 
@@ -105,7 +105,7 @@ _MODEL = Field(default=None, description="A name from /v1/models; may be left ou
 
 
 class EmbeddingRequest(_Request):
-    """OpenAI's fields, and two more: `num_steps` and `instruction`."""
+    """OpenAI's fields, and three more: `num_steps`, `instruction` and `input_type`."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -128,6 +128,10 @@ class EmbeddingRequest(_Request):
     user: Text | None = Field(default=None, max_length=256, description="Written to the log.")
     num_steps: WholeNumber | None = _NUM_STEPS
     instruction: Text | None = Field(default=None, description="What the vectors should be about; for texts only.")
+    input_type: InputType | None = Field(
+        default=None,
+        description="What the texts are: each kind stands under the model's own prompt for it. Without an instruction.",
+    )
 
 
 class Usage(BaseModel):
@@ -241,6 +245,7 @@ class ModelCard(BaseModel):
     max_num_steps: int
     max_tokens: int
     max_items: int
+    prompts: dict[InputType, str] = Field(description="What stands before texts of each `input_type`.")
 
 
 class ModelList(BaseModel):

@@ -24,7 +24,7 @@ from gircse.serve.refusals import (
     TooLargeError,
     UnknownModelError,
 )  # fmt: skip
-from gircse.serve.settings import ServeSettings, fit_to_model
+from gircse.serve.settings import InputType, ServeSettings, fit_to_model
 
 if TYPE_CHECKING:
     from gircse.encoder import TokenizedTexts
@@ -132,6 +132,7 @@ class Service:
         *,
         model: str | None = None,
         instruction: str | None = None,
+        input_type: InputType | None = None,
         num_steps: int | None = None,
         dimensions: int | None = None,
     ) -> Embedded:
@@ -140,7 +141,9 @@ class Service:
         Args:
             inputs: Texts or lists of token ids.
             model: The name that the request calls the model by.
-            instruction: Put before texts; plain texts where not given.
+            instruction: Put before texts.
+            input_type: What the texts are: the model's own prompt for that is put before them. Plain texts where
+                neither is given.
             num_steps: K; the server's where not given.
             dimensions: Keep the first so many, then scale to length 1 again.
 
@@ -154,12 +157,18 @@ class Service:
                 f"dimensions must be between 1 and {self.dimension}, not {dimensions}", param="dimensions"
             )
         self._check_items(len(inputs), "input")
+        if instruction is not None and input_type is not None:
+            raise InvalidRequestError(
+                "give an instruction or an input_type, not both: either says what stands before the texts",
+                param="input_type",
+            )
         async with self._admitted(len(inputs)):
             if isinstance(inputs[0], str):
-                prompt = self.model.format_instruction(instruction) if instruction else ""
+                prompt = self._prompt(instruction, input_type)
                 ids, truncated = await self._tokenize(cast("Sequence[str]", inputs), prompt, "input")
-            elif instruction is not None:
-                raise InvalidRequestError("an instruction needs inputs given as text, not token ids", param="input")
+            elif instruction is not None or input_type is not None:
+                named = "an instruction" if input_type is None else "an input_type"
+                raise InvalidRequestError(f"{named} needs inputs given as text, not token ids", param="input")
             else:
                 ids, truncated = self._check_ids(cast("Sequence[Sequence[int]]", inputs))
             vectors = await asyncio.wrap_future(self.engine.submit(ids, steps))
@@ -194,11 +203,9 @@ class Service:
         self.check_model(model)
         steps = self._check_steps(num_steps)
         self._check_items(len(documents), "documents")
-        prompts = self.model.prompts
-        query_prompt = self.model.format_instruction(instruction) if instruction else prompts.get("query") or ""
         async with self._admitted(len(documents) + 1):
-            ids, truncated = await self._tokenize([query], query_prompt, "query")
-            more, cut = await self._tokenize(documents, prompts.get("document") or "", "documents")
+            ids, truncated = await self._tokenize([query], self._prompt(instruction, "query"), "query")
+            more, cut = await self._tokenize(documents, self.own_prompt("document"), "documents")
             vectors = await asyncio.wrap_future(self.engine.submit(ids + more, steps))
         scores = vectors[1:] @ vectors[0]
         order = np.argsort(-scores, kind="stable")[:top_n].tolist()
@@ -217,7 +224,7 @@ class Service:
         if steps < 1:
             raise InvalidRequestError("num_steps must be 1 or more: without steps there is nothing to explain")
         async with self._admitted(1):
-            prompt = self.model.format_instruction(instruction) if instruction else ""
+            prompt = self._prompt(instruction, None)
             ids, _ = await self._tokenize([text], prompt, "input", may_cut=False)
 
             def work() -> list[SoftTokenContent]:
@@ -226,6 +233,18 @@ class Service:
                 )
 
             return await asyncio.wrap_future(self.engine.call(work, len(ids[0]) + steps))
+
+    # Prompts
+
+    def own_prompt(self, input_type: InputType) -> str:
+        """What the model itself puts before such texts; empty where it has nothing."""
+        return self.model.prompts.get(input_type) or ""
+
+    def _prompt(self, instruction: str | None, input_type: InputType | None) -> str:
+        """The instruction where there is one, else the model's own prompt for such texts."""
+        if instruction:
+            return self.model.format_instruction(instruction)
+        return self.own_prompt(input_type) if input_type else ""
 
     # Limits
 

@@ -15,6 +15,9 @@ MAX_ITEMS = 2048
 
 LongTexts = Literal["refuse", "cut"]
 
+InputType = Literal["query", "document"]
+"""What a text is to a search; a model may have a prompt of its own for each."""
+
 
 @dataclass(frozen=True)
 class ServeSettings:
