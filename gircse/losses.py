@@ -1,6 +1,6 @@
 """Iterative Contrastive Refinement, the training loss of generative embeddings.
 
-Knows embeddings after every step and which candidates are false negatives; knows nothing of data files or trainers.
+Knows embeddings after every step; knows nothing of data files or trainers, nor which candidates are false negatives.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gircse.answer_loss import answer_loss, answer_tokens
+from gircse.candidates import allowed_candidates
 from gircse.errors import UsageError
 
 StepWeights = Literal["uniform", "linear"]
@@ -84,7 +85,8 @@ class ICRLoss(nn.Module):
         +-------------------------------------------------+--------------------------------------------------------+
 
         A candidate with the same tokens as a row's positive, or as its anchor, is not a negative of that row, nor is
-        the positive of another row of the same class.
+        the positive of another row with the same anchor or of the same class. Where features have a ``text_key``,
+        (B,) int64, texts of equal keys are the same too.
 
     Relations:
         - ``MultipleNegativesRankingLoss`` is the case of a single step (and keeps identical positives as negatives).
@@ -312,45 +314,20 @@ class ICRLoss(nn.Module):
             losses.append(F.kl_div(scores, told, reduction="none", log_target=True).sum(dim=-1).mean(dim=1))
         return torch.stack(losses).mean(dim=0)
 
-    @torch.no_grad()
     def allowed_candidates(self, columns: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Which candidates stand in a row's softmax: its positive, and what is not a false negative.
+        """Which candidates stand in a row's softmax, (B, C) bool, as `gircse.candidates.allowed_candidates` says it.
 
         Args:
-            columns: Token ids and masks of anchors, positives and each column of negatives, B rows each.
+            columns: Features of anchors, positives and each column of negatives, B rows each.
             labels: Classes, (B,) of positives or (B, columns) of all texts, or None.
-
-        Returns:
-            (B, C) bool. C is B · (columns − 1), or with `gather_across_devices` that times the number of processes;
-            candidates are ordered by column, then by process, then by row.
         """
-        # Compared as hashes of token ids: what the model cannot tell apart is no negative, and numbers can be gathered.
-        keys = [_row_keys(column) for column in columns]
-        anchors, positives, size = keys[0], keys[1], len(keys[0])
-        first = self._first_row(size)
-        rows = torch.arange(size, device=anchors.device)
-        gather = all_gather if self.gather_across_devices else (lambda tensor: tensor)
-        candidates = [gather(column) for column in keys[1:]]
-        total = len(candidates[0])
-        same_row = torch.zeros(size, total, dtype=torch.bool, device=anchors.device)
-        same_row[rows, rows + first] = True
-        if self.in_batch_negatives:
-            allowed = torch.ones_like(same_row).repeat(1, len(candidates))
-        elif len(columns) < 3:
-            raise UsageError("without in-batch negatives every row needs a negative; add a column of negatives")
-        else:
-            allowed = same_row.repeat(1, len(candidates))
-        found = torch.cat(candidates)
-        allowed &= (found != positives.unsqueeze(1)) & (found != anchors.unsqueeze(1))
-        # The positive of another row with this row's anchor is one of this row's too, e.g. another translation.
-        allowed[:, :total] &= gather(anchors) != anchors.unsqueeze(1)
-        if labels is not None and labels.dim() == 1 and labels.numel() == size:
-            allowed[:, :total] &= gather(labels.contiguous()) != labels.unsqueeze(1)
-        elif labels is not None and labels.shape == (size, len(columns)):
-            classes = torch.cat([gather(column.contiguous()) for column in labels[:, 1:].unbind(dim=1)])
-            allowed &= classes != labels[:, :1]
-        allowed[rows, rows + first] = True
-        return allowed
+        return allowed_candidates(
+            columns,
+            labels,
+            in_batch_negatives=self.in_batch_negatives,
+            gather=all_gather if self.gather_across_devices else None,
+            first=self._first_row(len(columns[0]["input_ids"])),
+        )
 
     @torch.no_grad()
     def teacher_scores(self, labels: Tensor | None) -> list[Tensor] | None:
@@ -481,11 +458,3 @@ def _cosines(anchors: Tensor, candidates: Tensor) -> Tensor:
     a = F.normalize(anchors.float(), dim=-1).transpose(0, 1)
     c = F.normalize(candidates.float(), dim=-1).transpose(0, 1)
     return a @ c.transpose(1, 2)
-
-
-def _row_keys(features: dict[str, Tensor]) -> Tensor:
-    """A number for every row, (B,) int64, equal for equal token ids whatever the padding."""
-    ids, mask = features["input_ids"].tolist(), features["attention_mask"].tolist()
-    rows = (tuple(t for t, keep in zip(row, kept, strict=True) if keep) for row, kept in zip(ids, mask, strict=True))
-    # Python's hash of integers does not depend on the process.
-    return torch.tensor([hash(row) for row in rows], dtype=torch.int64, device=features["input_ids"].device)

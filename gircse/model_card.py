@@ -85,5 +85,12 @@ class GIRCSEModelCardData(SentenceTransformerModelCardData):
             "prompts": model.prompts,
             "facts": facts,
             "recipe": recipe,
+            "starts": _starts(facts),
             "loss": {key: value for key, value in (recipe or {}).get("loss", {}).items() if value is not None},
         }
+
+
+def _starts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of the model that a run began with, of the one which that had begun with, and so on."""
+    start = facts.get("start")
+    return [] if start is None else [start, *_starts(start["training"])]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gircse.cached_loss import CachedICRLoss
+from gircse.candidates import TEXT_KEY
 from gircse.losses import ICRLoss, TeacherPairs
 from gircse.model import GIRCSE
 
@@ -18,6 +19,8 @@ TEXTS = [
     ["an author did", "an animal", "in italy", "an author did"],  # rows 0 and 3 sit in different processes
     ["nobody did", "a machine", "on the moon", "a stone"],
 ]
+KEYS = torch.tensor([[0, 1, 1, 2], [3, 4, 5, 3], [6, 7, 8, 9]])
+"""By them rows 1 and 2, of different processes, ask the same."""
 
 
 def main(backbone: str, folder: Path, rank: int) -> None:
@@ -30,7 +33,10 @@ def main(backbone: str, folder: Path, rank: int) -> None:
         cached = kind == "cached"
         loss = CachedICRLoss(model, mini_batch_size=3, **options) if cached else ICRLoss(model, **options)
         model.zero_grad()
-        loss([model.preprocess(column[rows]) for column in TEXTS], labels[rows]).backward()
+        columns = [
+            {**model.preprocess(texts[rows]), TEXT_KEY: keys[rows]} for texts, keys in zip(TEXTS, KEYS, strict=True)
+        ]
+        loss(columns, labels[rows]).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     labels = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))

@@ -127,6 +127,25 @@ def test_positives_of_the_same_anchor_are_not_negatives(model: GIRCSE) -> None:
         assert float(ICRLoss(model, 0.5)(columns(model, *texts))) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_texts_of_equal_keys_are_the_same_under_two_wordings(model: GIRCSE, cached: bool) -> None:
+    """Rows 0 and 2 ask the same, rows 1 and 2 have one answer; their tokens say nothing of it."""
+    texts = [["a: x", "b: y", "c: x"], ["a: one", "b: two", "c: two"], NEGATIVES]
+    batch = columns(model, *texts)
+    keys = [[1, 2, 1], [3, 4, 4], [5, 6, 7]]
+    keyed = [{**column, "text_key": torch.tensor(own)} for column, own in zip(batch, keys, strict=True)]
+    keep = [[0, 1, 3, 4, 5], [1, 0, 3, 4, 5], [2, 3, 4, 5]]
+    expected, _ = by_hand(model, texts, 0.5, 1.0, keep)
+    loss = CachedICRLoss(model, temperature=0.5, mini_batch_size=2) if cached else ICRLoss(model, 0.5)
+    with torch.no_grad():
+        assert float(loss.allowed_candidates(batch).sum()) == 18, "without keys nothing is known"
+        assert float(ICRLoss(model, 0.5)(keyed)) == pytest.approx(expected, rel=1e-4)
+    assert float(loss(keyed).detach()) == pytest.approx(expected, rel=1e-4)
+    alike = columns(model, ANCHORS, [POSITIVES[0]] * 3)
+    alike = [{**column, "text_key": torch.arange(3) + 3 * place} for place, column in enumerate(alike)]
+    assert int(loss.allowed_candidates(alike).sum()) == 3, "what has the same tokens is the same, whatever its key"
+
+
 def test_without_in_batch_negatives_only_the_rows_own_count(model: GIRCSE) -> None:
     texts = [ANCHORS, POSITIVES, NEGATIVES, MORE]
     keep = [[row, 3 + row, 6 + row] for row in range(3)]

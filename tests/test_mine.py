@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from gircse.cli import app
-from gircse.errors import GircseError, UsageError
+from gircse.errors import GircseError, InputDataError, UsageError
 from gircse.model import GIRCSE
-from gircse.train.data import read_rows
-from gircse.train.mine import mine_file
+from gircse.train import mine as mine_module
+from gircse.train.mine import MinedTask, mine_file
+from gircse.train.rows import read_rows
 
 ROWS = [
     {
@@ -79,6 +84,67 @@ def test_the_settings_change_what_is_found(model: GIRCSE, rows: Path, tmp_path: 
     assert negatives("plain", negatives=2, overwrite=True) == plain
 
 
+def test_an_interrupted_search_goes_on_after_the_last_task(
+    model: GIRCSE, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output, parts = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.parts"))
+    settings: dict[str, Any] = {"negatives": 2, "search_depth": 9, "margin": 0.0, "model_name": "tiny"}
+    expected = mine_file(rows, whole, model, **settings)
+    mined, mine = list[int](), mine_module._mine
+
+    def count(own: list[dict[str, Any]], *args: Any, **options: Any) -> list[list[str]]:
+        mined.append(len(own))
+        return mine(own, *args, **options)
+
+    def stop(task: MinedTask) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mine_module, "_mine", count)
+    with pytest.raises(KeyboardInterrupt):
+        mine_file(rows, output, model, report=stop, **settings)
+    assert not output.exists()
+    with parts.open("a") as file:
+        file.write('{"task": "b", "negat')  # as a kill leaves it
+    with pytest.raises(UsageError, match="go on with --resume, or begin anew with --overwrite"):
+        mine_file(rows, output, model, **settings)
+    with pytest.raises(UsageError, match=r"out.jsonl.parts is of other model, margin; "):
+        mine_file(rows, output, model, resume=True, **settings | {"margin": 0.1, "model_name": "other"})
+    told: list[MinedTask] = []
+    assert mine_file(rows, output, model, resume=True, report=told.append, **settings) == expected
+    assert mined == [9, 9], "each task once"
+    assert [(one.task, one.rows, one.number, one.tasks) for one in told] == [("a", 9, 1, 2), ("b", 9, 2, 2)]
+    assert output.read_text() == whole.read_text()
+    assert not parts.exists()
+    with pytest.raises(KeyboardInterrupt):
+        mine_file(rows, output, model, report=stop, overwrite=True, **settings)
+    mine_file(rows, output, model, overwrite=True, **settings)
+    assert mined == [9] * 5, "begun anew"
+
+
+def test_cells_that_json_has_no_type_for_are_told_or_written_as_text(model: GIRCSE, tmp_path: Path) -> None:
+    table, at = tmp_path / "rows.parquet", datetime(2026, 11, 28, 14, tzinfo=UTC)
+    extra = {
+        "at": at,
+        "day": at.date(),
+        "price": Decimal("1.50"),
+        "code": b"caf\xc3\xa9",
+        "nested": {"days": [at.date()]},
+    }
+    pq.write_table(pa.Table.from_pylist([{**row, **extra} for row in ROWS]), table)
+    mine_file(table, tmp_path / "mined.jsonl", model, negatives=2, search_depth=9)
+    row = next(read_rows(tmp_path / "mined.jsonl"))
+    assert row["at"] == "2026-11-28T14:00:00+00:00"
+    assert (row["day"], row["price"], row["code"]) == ("2026-11-28", "1.50", "café")
+    assert row["nested"] == {"days": ["2026-11-28"]}
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], "code": b"x"}, {**ROWS[1], "code": b"\xff"}]), table)
+    with pytest.raises(InputDataError, match=r"rows.parquet:2: cannot be written as JSON \(.*0xff"):
+        mine_file(table, tmp_path / "out.jsonl", None)  # type: ignore[arg-type]  # before any model is asked
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(json.dumps({**ROWS[0], "query": "half \ud800"}) + "\n")
+    with pytest.raises(InputDataError, match=r"rows.jsonl:1: cannot be written as JSON \(.*surrogates"):
+        mine_file(lines, tmp_path / "out.jsonl", None)  # type: ignore[arg-type]
+
+
 def test_passages_are_those_of_the_task_whatever_the_instructions(model: GIRCSE, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     own = [{**row, "instruction": f"wording {i}"} for i, row in enumerate(ROWS)]
@@ -96,9 +162,38 @@ def test_the_verb_takes_any_sentence_transformer(model: GIRCSE, rows: Path, tmp_
     assert result.exit_code == 0
     told = json.loads(result.stdout)
     assert told["rows_with_negatives"].keys() == {"a", "b"}
+    assert told["rows"] == {"a": 9, "b": 9}
+    counts = told["rows_with_negatives"]
+    assert f"a: {counts['a']} of 9 rows got negatives (task 1 of 2)" in result.stderr
     assert len(list(read_rows(output))) == len(ROWS)
     with pytest.raises(UsageError, match="either --model"):
         CliRunner().invoke(app, [*call, "--encoder", "x"], catch_exceptions=False)
+
+
+def test_the_verb_loads_the_weights_as_they_are_asked_for(
+    model: GIRCSE, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(str(tmp_path / "model"))
+    loaded: list[str] = []
+
+    def spy(source: Path, output: Path, miner: GIRCSE, **options: Any) -> dict[str, int]:
+        loaded.append(miner.encoder.weights_dtype)
+        return {}
+
+    monkeypatch.setattr(mine_module, "mine_file", spy)
+    for dtype in ("float32", "bfloat16"):
+        call = [
+            "mine",
+            str(rows),
+            "-o",
+            str(tmp_path / "out.jsonl"),
+            "--model",
+            str(tmp_path / "model"),
+            "--dtype",
+            dtype,
+        ]
+        assert CliRunner().invoke(app, call, catch_exceptions=False).exit_code == 0
+    assert loaded == ["float32", "bfloat16"]
 
 
 def test_the_verb_takes_known_names_and_says_what_is_wrong_with_others(rows: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import metadata_load
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
+from gircse.checksum import vectors_checksum
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 from gircse.train.recipe import Recipe
@@ -49,6 +51,33 @@ def test_card_of_a_recipes_model_that_another_trainer_went_on_with_has_both(tmp_
     assert "| rows | a | 16 | x |" in card
     assert "After that by sentence-transformers' trainer" in card
     assert "| pairs | 2 |" in card
+
+
+def test_card_of_a_model_trained_further_has_what_its_start_learned_from(tmp_path: Path, backbone: Path) -> None:
+    """With the licence that the start's card states, and of every start before it."""
+    write_rows(tmp_path)
+    content: dict[str, Any] = values(tmp_path, backbone)
+    content["data"]["sources"] = [{"file": "rows", "task": "a", "licence": "CC BY 4.0"}]
+    train(Recipe(**content), tmp_path / "first")
+    first = tmp_path / "first" / "README.md"
+    first.write_text(first.read_text().replace("---\n", "---\nlicense: cc-by-sa-4.0\n", 1))
+    start = GIRCSE(str(tmp_path / "first"), device="cpu")
+    content["data"] |= {"sources": [{"file": "rows", "task": "b", "licence": "MIT"}], "examples": 8}
+    for name, before in (("second", "first"), ("third", "second")):
+        train(Recipe(**content, start_from=str(tmp_path / before)), tmp_path / name)
+    facts = GIRCSE(str(tmp_path / "second"), device="cpu").encoder.training_facts["start"]
+    assert facts["vectors_sha256"] == vectors_checksum(start.encoder)
+    assert facts["licence"] == "cc-by-sa-4.0"
+    assert facts["training"] == start.encoder.training_facts
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "| rows | b | its share of 8 | MIT |" in card
+    assert f"started from, `{tmp_path / 'first'}` (licence cc-by-sa-4.0, sha256 of what its vectors depend on" in card
+    assert "had learned from these:\n\n| source | task |" in card
+    assert "| rows | a | all | CC BY 4.0 |" in card
+    assert "not listed here" not in card
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert card.count("The model that it started from, ") == 2
+    assert card.count("CC BY 4.0") == 1
 
 
 def test_card_of_another_trainers_run_has_its_data_sets_by_name_and_size(tmp_path: Path, backbone: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl
 
 from gircse.model import GIRCSE
 from gircse.train.callbacks import TimeLimit
@@ -64,12 +65,33 @@ def test_the_schedule_goes_by_time_where_time_is_short(
     assert [told["steps"] for told in facts] == [6, 4]
 
 
+@pytest.mark.usefixtures("clock")
+def test_the_last_weights_are_scored_and_kept(folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes end at step 4, where neither an evaluation nor a checkpoint is due."""
+    pytest.importorskip("mteb")
+    from gircse.train.evaluation import TaskFolderEvaluator
+    from tests.task_folders import write_all
+
+    scores = iter((0.5, 0.9))
+    monkeypatch.setattr(TaskFolderEvaluator, "__call__", lambda *_, **__: {"mean": next(scores)})
+    write_all(folder / "eval")
+    content = values(folder, backbone)
+    content["training"] |= {"max_minutes": 2, "save_every": 10}
+    train(load_recipe(write(folder, content)), folder / "plain")
+    assert (folder / "plain" / "checkpoints" / "checkpoint-4").is_dir(), "--resume has something to go on from"
+    content["evaluation"] = {"folder": str(folder / "eval"), "tasks": ["STSBenchmark"], "every": 3}
+    logs: list[dict[str, float]] = []
+    model = train(load_recipe(write(folder, content)), folder / "scored", report=logs.append)
+    assert [entry["step"] for entry in logs if "eval_mean" in entry] == [3, 4]
+    assert model.encoder.training_facts["best"] == {"step": 4, "mean": 0.9}
+
+
 def test_minutes_before_an_interruption_count(folder: Path, backbone: Path, clock: list[float]) -> None:
     class Stop(Exception):
         pass
 
     content = values(folder, backbone)
-    content["training"]["max_minutes"] = 2
+    content["training"] |= {"max_minutes": 2, "schedule": "linear"}
 
     def stop_after_two(log: dict[str, float]) -> None:
         if log["step"] == 3:
@@ -88,8 +110,8 @@ def test_all_processes_go_by_the_first_ones_clock(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("gircse.train.callbacks.broadcast_object_list", lambda values: values.__setitem__(0, 3.0))
     limit, state = TimeLimit(2.0), SimpleNamespace(global_step=4, max_steps=6, is_world_process_zero=False)
     for processes, ended in ((1, False), (2, True)):
-        control = SimpleNamespace(should_log=False, should_training_stop=False)
-        arguments = SimpleNamespace(world_size=processes)
+        control = TrainerControl()
+        arguments = SimpleNamespace(world_size=processes, eval_strategy="no")
         limit.on_optimizer_step(arguments, state, control)
         limit.on_step_end(arguments, state, control)
         assert control.should_training_stop is ended

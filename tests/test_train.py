@@ -21,9 +21,10 @@ from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
 from gircse.packed_weights import packing_library
 from gircse.train.data import load_training_data
+from gircse.train.facts import training_facts
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, check_trackers, chosen_trackers, load_recipe
-from gircse.train.run import make_losses, make_model, train, training_facts
+from gircse.train.run import make_losses, make_model, train
 from gircse.train.teacher import load_teacher
 from tests.tiny import tiny_backbone, tiny_tokenizer
 from tests.training_recipe import values, write, write_rows
@@ -167,7 +168,7 @@ def test_widths_above_the_backbones_are_refused(folder: Path, backbone: Path) ->
 def test_the_recipe_of_a_checkpoint_can_be_read_again(folder: Path, backbone: Path) -> None:
     """With every default written out, which must not count as asked for."""
     content = values(folder, backbone) | {"loss": {"stepwise": False}}
-    facts = training_facts(load_recipe(write(folder, content)), 24)["recipe"]
+    facts = training_facts(load_recipe(write(folder, content)))["recipe"]
     facts["data"]["folder"] = "x"
     assert not Recipe.model_validate(facts).loss.stepwise
 

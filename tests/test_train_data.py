@@ -10,12 +10,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+import zstandard
 
 from gircse.errors import GircseError, InputDataError
-from gircse.train.data import example_counts, load_training_data, read_rows
+from gircse.losses import ICRLoss
+from gircse.model import GIRCSE
+from gircse.train.data import example_counts, load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
-from gircse.train.run import make_model, train
+from gircse.train.rows import read_rows
+from gircse.train.run import make_losses, make_model, train
+from gircse.train.same_texts import KeysBesideTexts
 from tests.training_recipe import ROWS, values, write, write_rows
 
 
@@ -68,6 +74,22 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
             list(read_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_compressed_file_that_was_cut_off_is_told(tmp_path: Path, frames: int) -> None:
+    """Of several frames too, as parallel compressors write them, wherever the cut is."""
+    rows = [{"query": f"query {number}", "pos": ["é" * (number % 7 + 1)]} for number in range(3000)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    size = -(-len(lines) // frames)
+    whole = [zstandard.compress(lines[start : start + size]) for start in range(0, len(lines), size)]
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"".join(whole))
+    assert [row["query"] for row in read_rows(path)] == [row["query"] for row in rows]
+    for cut in (1, 5, len(whole[-1]) // 2):
+        path.write_bytes(b"".join(whole)[:-cut])
+        with pytest.raises(InputDataError, match=r"rows.jsonl.zst: it ends within its compressed data"):
+            list(read_rows(path))
+
+
 def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     content = values(folder, backbone)
     content["data"]["sources"][0]["examples"] = 500
@@ -76,6 +98,28 @@ def test_missing_files_and_too_few_rows(folder: Path, backbone: Path) -> None:
     content["data"]["sources"][0]["file"] = "nowhere"
     with pytest.raises(GircseError, match="nowhere is not there"):
         load_training_data(load_recipe(write(folder, content)))
+
+
+def test_rows_with_too_few_negatives_are_told_of(
+    folder: Path, backbone: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "neg": row["neg"][: number % 2]} for number, row in enumerate(ROWS[:24])]
+    (folder / "data" / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = values(folder, backbone)
+    content["data"]["sources"] = [{"file": "few", "licence": "x", "negatives": 1}]
+    recipe = load_recipe(write(folder, content))
+    assert plan_training(recipe).examples == {"few": 12}
+    assert "few: 12 of 24 rows left out: fewer than 1 negative" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    plan_training(recipe)
+    assert not caplog.text, "one process speaks for all"
+
+
+def test_the_recipe_for_data_of_ones_own_is_shown_as_it_is() -> None:
+    page = Path("docs/training.md").read_text().split("without its comments")[1].split("\n\n")[1]
+    shown, recipe = yaml.safe_load(page), yaml.safe_load(Path("recipes/own-data.yaml").read_text())
+    assert list(shown.items()) == list(recipe.items())
 
 
 def test_rows_of_a_small_source_are_drawn_again(folder: Path, backbone: Path) -> None:
@@ -215,7 +259,7 @@ def test_parquet_rows_equal_json_rows(folder: Path) -> None:
     assert list(read_rows(path)) == list(read_rows(folder / "data" / "rows.jsonl.zst"))
 
 
-def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone: Path) -> None:
+def test_rows_of_a_hub_data_set_are_drawn_and_renamed(folder: Path, backbone: Path) -> None:
     """A local folder stands in for the hub: `datasets` loads both in the same way."""
     place = folder / "set"
     place.mkdir()
@@ -239,6 +283,76 @@ def test_rows_of_a_hub_data_set_are_streamed_and_renamed(folder: Path, backbone:
     content["data"]["sources"] = [{"file": "rows", "hub": "x/y", "licence": "x", "examples": 1}]
     with pytest.raises(GircseError, match="either file or hub"):
         load_recipe(write(folder, content))
+
+
+def test_splits_of_a_hub_data_set_are_tasks_that_keep_to_themselves(
+    folder: Path, backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in cfli/bge-full-data: no split called train, and one for each of the data sets that it is made of."""
+    place = folder / "set" / "data"
+    place.mkdir(parents=True)
+    for split, count in (("fever", 40), ("nq", 20), ("tiny", 3)):
+        rows = [
+            {"prompt": f"about {split}", "type": "retrieval", "query": f"{split} {i}", "pos": ["p"], "neg": ["n"]}
+            for i in range(count)
+        ]
+        (place / f"{split}-00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = values(folder, backbone)
+    hub = str(folder / "set")
+    content["data"]["sources"] = [{"hub": hub, "examples": 63, "negatives": 1, "licence": "x", "by_task": True}]
+    recipe = load_recipe(write(folder, content))
+    data = load_training_data(recipe)
+    assert {name: len(rows) for name, rows in data.items()} == {f"{hub}/fever": 40, f"{hub}/nq": 20}
+    assert f"{hub}: left out for want of 4 rows, which make a step: tiny" in caplog.text
+    for split in ("fever", "nq"):
+        assert all(
+            text.startswith(f"Instruct: about {split}\nQuery:{split} ") for text in data[f"{hub}/{split}"]["anchor"]
+        )
+    losses = make_losses(recipe, make_model(recipe), list(map(str, data)))
+    assert losses.keys() == data.keys()
+    content["data"]["sources"][0] |= {"examples": 12, "by_task": False}
+    (rows,) = load_training_data(load_recipe(write(folder, content))).values()
+    numbers = sorted(int(text.split()[-1]) for text in rows["anchor"] if "fever" in text)
+    assert 0 < len(numbers) < 12, "drawn from all splits"
+    assert numbers[-1] >= len(numbers), "and from all of each"
+    content["data"]["sources"][0]["task"] = "nq"
+    (rows,) = load_training_data(load_recipe(write(folder, content))).values()
+    assert all(":nq " in text for text in rows["anchor"])
+
+
+def test_tasks_of_a_file_can_keep_to_themselves(folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = values(folder, backbone)
+    source = {"file": "rows", "by_task": True, "negatives": 2, "in_batch_negatives": False, "licence": "x"}
+    content["data"]["sources"] = [source]
+
+    def sizes() -> dict[str, int]:
+        data = load_training_data(load_recipe(write(folder, content)))
+        for name, rows in data.items():
+            assert all(text.startswith(f"Instruct: do {str(name)[-1]}\n") for text in rows["anchor"])
+        return {str(name): len(rows) for name, rows in data.items()}
+
+    assert sizes() == {"rows/a": 24, "rows/b": 24}
+    source["examples"] = 30
+    assert sizes() == {"rows/a": 16, "rows/b": 12}, "whole batches"
+    logs: list[dict[str, float]] = []
+    train(load_recipe(write(folder, content)), folder / "out", report=logs.append)
+    assert {key for entry in logs for key in entry if key.startswith("loss_of/")} == {
+        "loss_of/rows/a",
+        "loss_of/rows/b",
+    }
+    content["training"]["gather_across_devices"] = True
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert sizes() == {"rows/a": 12, "rows/b": 12}, "of all processes"
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(GircseError, match="rows: no task has 36 rows, which make a step"):
+        sizes()
+    monkeypatch.delenv("WORLD_SIZE")
+    content["data"]["sources"] = [source, {"file": "rows", "task": "a", "licence": "x"}]
+    with pytest.raises(GircseError, match="the rows of rows/a are in two sources"):
+        sizes()
+    content["data"]["sources"] = [{**source, "facet": "content", "instruction": "x", "symmetric": True}]
+    with pytest.raises(GircseError, match="by_task takes them apart"):
+        sizes()
 
 
 def facet_recipe(folder: Path, backbone: Path, facet: str, negatives: int, in_batch: bool) -> Recipe:
@@ -267,6 +381,53 @@ def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Pa
         assert (positive[0], positive[1] != row) == (form, True), "another row in the same form"
         assert (negative[0] != form, negative[1]) == (True, row), "the counterpart"
     assert {anchor[0] for anchor, *_ in found} == {"query", "pos"}, "either form asks"
+
+
+@pytest.mark.parametrize("wordings", ["about", ["about", "what of", "subject of"]])
+@pytest.mark.parametrize("facet", [None, "content"])
+def test_a_text_under_another_wording_is_no_negative(
+    folder: Path, backbone: Path, wordings: str | list[str], facet: str | None
+) -> None:
+    """Every query has three translations, and which are known does not hang on the wording that a row has drawn."""
+    rows = [{"task": f"en-{name}", "query": f"en {i}", "pos": [f"{name} {i}"]} for i in range(8) for name in "abc"]
+    (folder / "data" / "tongues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = values(folder, backbone)
+    own = {"file": "tongues", "symmetric": True, "licence": "x", "facet": facet, "negatives": 0 if facet is None else 1}
+    content["data"]["sources"] = [{**own, "instruction": wordings, "repeats": 2, "examples": 48}]
+    (data,) = load_training_data(load_recipe(write(folder, content))).values()
+    model = GIRCSE.from_backbone(str(backbone), device="cpu")
+    batch = KeysBesideTexts(model.preprocess)(data.to_list())
+    columns = [name for name in data.column_names if name != "text_keys"]
+    texts = [[str(text).split("Query:")[-1] for text in data[name]] for name in columns]
+    found = [
+        {key.removeprefix(name + "_"): value for key, value in batch.items() if key.startswith(name + "_")}
+        for name in columns
+    ]
+    allowed = ICRLoss(model).allowed_candidates(found)
+    candidates = [text for column in texts[1:] for text in column]
+    anchors, positives = texts[:2]
+    for row, column in ((row, column) for row, column in allowed.nonzero().tolist() if row != column):
+        assert candidates[column] not in (anchors[row], positives[row])
+        assert column >= len(anchors) or anchors[column] != anchors[row]
+    assert allowed.sum() > 48 * 24, "and all others are"
+
+
+def test_the_loss_of_a_run_is_told_which_texts_are_the_same(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, allowed = list[bool](), ICRLoss.allowed_candidates
+
+    def spy(self: ICRLoss, columns: Any, labels: Any = None) -> Any:
+        told.append(all(len(column["text_key"]) == 4 for column in columns))
+        return allowed(self, columns, labels)
+
+    monkeypatch.setattr(ICRLoss, "allowed_candidates", spy)
+    content = values(folder, backbone)
+    content["data"]["sources"] = [
+        {"file": "rows", "task": "a", "examples": 8, "licence": "x", "instruction": ["a", "b"]}
+    ]
+    train(load_recipe(write(folder, content)), folder / "out")
+    assert told == [True, True]
 
 
 def test_forms_of_several_tasks_share_batches(folder: Path, backbone: Path) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from peft import LoraConfig
 
 from gircse.errors import GircseError
 from gircse.model import GIRCSE
 from gircse.train.plan import plan_training
 from gircse.train.recipe import load_recipe
+from gircse.train.run import make_model
+from tests.tiny import tiny_backbone
 from tests.training_recipe import values, write, write_rows
 
 verb = import_module("gircse.cli.train").train
@@ -82,7 +85,8 @@ def test_a_dry_run_looks_for_the_model_to_start_from_and_for_the_teacher(
     folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = folder / "saved"
-    GIRCSE.from_backbone(str(backbone), num_steps=2, device="cpu").save_pretrained(str(saved))
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    GIRCSE.from_backbone(str(backbone), num_steps=2, lora=lora, device="cpu").save_pretrained(str(saved))
     content = values(folder, backbone) | {"start_from": str(saved), "loss": {"teacher": str(saved)}}
     assert plan_training(load_recipe(write(folder, content))).steps == 6
     content |= {"start_from": "runs/nowhere", "loss": {"teacher": str(folder / "data")}}
@@ -106,3 +110,32 @@ def test_a_dry_run_looks_for_the_model_to_start_from_and_for_the_teacher(
     monkeypatch.setattr("gircse.train.plan.minilm_folder", missing)
     with pytest.raises(GircseError, match="needs a package"):
         plan_training(load_recipe(write(folder, content)))
+
+
+def test_a_dry_run_refuses_a_start_that_the_run_would_refuse(
+    folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words, and the model that ships too."""
+    saved = folder / "saved"
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    GIRCSE.from_backbone(str(backbone), num_steps=2, lora=lora, device="cpu").save_pretrained(str(saved))
+    monkeypatch.setattr("gircse.train.start.pretrained_path", lambda: str(saved))
+    monkeypatch.setattr("gircse.model.pretrained_path", lambda: str(saved))
+    content, other = values(folder, backbone), tiny_backbone(folder / "other", seed=5)
+    for start in (str(saved), "shipped"):
+        for changes, message in (
+            (
+                {"lora": {"r": 3, "alpha": 4}},
+                r"LoRA layers of .* \[\(2, 4, 0.0\)\].* make them equal",
+            ),
+            ({"lora": None}, "make them equal"),
+            ({"backbone": str(other)}, "name the same backbone"),
+        ):
+            recipe = load_recipe(write(folder, content | {"start_from": start} | changes))
+            with pytest.raises(GircseError, match=message):
+                plan_training(recipe)
+            with pytest.raises(GircseError, match=message):
+                make_model(recipe)
+        assert plan_training(load_recipe(write(folder, content | {"start_from": start}))).steps == 6
+    with pytest.raises(GircseError, match="it has no gircse_config"):
+        plan_training(load_recipe(write(folder, content | {"start_from": str(backbone)})))

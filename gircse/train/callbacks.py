@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 
 from gircse.errors import GircseError
 from gircse.losses import ICRLoss
@@ -321,6 +321,8 @@ class TimeLimit(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (kept := state.stateful_callbacks.get(type(self).__name__)) is not None:  # as a list where it is resumed
             self.spent = (kept[0] if isinstance(kept, list) else kept)["attributes"]["spent"]
+        else:  # of a checkpoint from before there was a limit; the next is to keep the minutes
+            state.stateful_callbacks[type(self).__name__] = self.state()
         self._began = time.perf_counter() - 60 * self.spent
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
         scheduler.lr_lambdas = [self._hurried(schedule, state.max_steps) for schedule in scheduler.lr_lambdas]
@@ -340,7 +342,9 @@ class TimeLimit(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.spent >= self.minutes and state.global_step < state.max_steps:
-            control.should_log = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
+            # As at the end of all steps: else the weights of the steps since the last evaluation were never scored.
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != IntervalStrategy.NO
             if state.is_world_process_zero:
                 logger.warning(
                     "training.max_minutes: %g minutes are over at step %d of %d",
@@ -352,6 +356,13 @@ class TimeLimit(TrainerCallback, ExportableState):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and "seconds_left" in logs:
             logs["seconds_left"] = round(min(logs["seconds_left"], max(0.0, 60 * (self.minutes - self.spent))), 1)
+
+
+class OwnIntervals(TrainerCallback):
+    """A resumed run logs, saves and is evaluated as its own recipe says, not as that of the checkpoint did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class SaveEvaluated(TrainerCallback):

@@ -1,124 +1,46 @@
-"""Training rows: read from JSON lines, drawn by task, laid out in columns for the trainer.
+"""Training data: rows drawn from every source, laid out in columns for the trainer, and the order of their batches.
 
-Knows the row format ``{"task", "instruction", "query", "pos": [...], "neg": [...]}``, of which ``query`` and ``pos``
-must be there; knows nothing of models.
+Knows what a recipe says of rows; knows nothing of the files that they come from, or of models.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
+import logging
 import os
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset, SubsetRandomSampler
 from tqdm import tqdm
 
 from gircse.checkpoint import INSTRUCTION_TEMPLATE
-from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
+from gircse.errors import GircseError, MissingExtraError
 from gircse.model import DEFAULT_INSTRUCTION
-from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers, matches
+from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers
 from gircse.train.recipe import Recipe, Source
+from gircse.train.same_texts import TEXT_KEYS, key_of_text
+from gircse.train.sources import is_first_local_process, usable_rows
 from gircse.train.teacher import Teacher
 
 try:
-    import zstandard
     from datasets import Array2D, Dataset, DatasetDict, Features, List, Value
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
-
-_NAMES = {"query": "anchor", "pos": "positive", "neg": "negative"}
-"""Fields, and what sentence-transformers' data sets call them."""
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a ``.jsonl``, ``.jsonl.zst`` or ``.parquet`` file.
-
-    Fields may go by the names of sentence-transformers' data sets, and a single text may stand where a list can.
-
-    Returns:
-        Each with all fields: a missing ``task`` is the file's name, a missing ``instruction`` empty.
-
-    Raises:
-        InputDataError: The file cannot be read, or a row is no JSON object or lacks a field; with file and line.
-    """
-    try:
-        yield from _checked_rows(_raw_rows(path), str(path))
-    except (OSError, UnicodeDecodeError, zstandard.ZstdError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputDataError(str(path), None, f"cannot be read ({reason}); check the file") from error
-
-
-def _checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, str):
-            try:
-                row = json.loads(row)
-            except json.JSONDecodeError as error:
-                raise InputDataError(source, number, f"not JSON ({error.msg}); one object a line is expected") from None
-        if not isinstance(row, dict):
-            raise InputDataError(source, number, "not a JSON object; one object a line is expected")
-        row = {**row, **{key: row[name] for key, name in _NAMES.items() if key not in row and name in row}}
-        if not isinstance(row.get("query"), str) or not row["query"]:
-            raise InputDataError(source, number, "'query' must be a text that is not empty")
-        for key in ("pos", "neg"):
-            given = row.get(key)
-            row[key] = [] if given is None else [given] if isinstance(given, str) else given
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise InputDataError(source, number, f"{key!r} must be a text or a list of texts")
-        if not row["pos"] or not all(row["pos"]):
-            raise InputDataError(source, number, "'pos' must hold texts that are not empty")
-        for key, default in (("task", Path(source).name.split(".")[0]), ("instruction", "")):
-            row[key] = default if row.get(key) is None else row[key]
-            if not isinstance(row[key], str):
-                raise InputDataError(source, number, f"{key!r} must be a text")
-        yield row
-
-
-def _raw_rows(path: Path) -> Iterator[str | dict[str, Any]]:
-    """Lines of text, or rows of a table."""
-    if path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    opener = zstandard.open if path.suffix == ".zst" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        yield from lines
-
-
-def source_path(folder: Path, source: Source) -> Path:
-    """The file of a source.
-
-    Raises:
-        GircseError: It is not there.
-    """
-    if source.file is None:
-        raise UsageError(f"{source.hub} is on the hub, not a file")
-    for suffix in (".jsonl.zst", ".jsonl", ".parquet"):
-        path = folder / f"{source.file}{suffix}"
-        if path.is_file():
-            return path
-    raise GircseError(
-        f"{folder / source.file} is not there as .jsonl.zst, .jsonl or .parquet; name the data folder with --data"
-    )
+logger = logging.getLogger("gircse.train")
 
 
 def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> DatasetDict:
-    """One data set a source, so that every batch holds one task.
+    """One data set a source, or, with `by_task`, a task of it, so that every batch holds one.
 
     Columns are ``anchor``, ``positive`` and ``negative_1``..., and last ``answer_to_spell`` where the source has
-    answers; instructions are already in the texts. The rows and their order depend on the files and the seed alone.
+    answers; instructions are already in the texts. Where they have several wordings, ``text_keys`` says which texts
+    are the same but for these. The rows and their order depend on the files and the seed alone.
 
     Args:
         recipe: Says which rows.
@@ -134,43 +56,61 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
     counts = example_counts(recipe, [len(rows) for rows in usable])
     result = DatasetDict()
     # A teacher reads for minutes before the first step; without one this is done at once.
-    silent = teacher is None or int(os.environ.get("LOCAL_RANK", 0)) > 0
+    silent = teacher is None or not is_first_local_process()
     bar = tqdm(total=sum(counts), desc="the teacher reads", unit=" rows", leave=False, disable=silent)
-    for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
-        if len(rows) * source.repeats < count:
-            raise GircseError(
-                f"{source.name}: {len(rows)} rows have {source.negatives} negatives, the recipe asks for {count}; "
-                f"lower examples or negatives, or raise repeats"
-            )
-        if not count:
-            continue
-        # A generator of the source's own: adding a source does not change the rows of the others.
-        generator = random.Random(f"{recipe.seed}/{source.name}")
-        drawn = _draw(rows, count, generator)
-        forms: list[list[int]] = []
-        if source.facet is None:
-            texts = [_texts(row, source, generator) for row in drawn]
-        else:
-            texts, forms = _facet_texts(drawn, source, rows, generator)
-        usual = recipe.query_instruction or DEFAULT_INSTRUCTION
-        laid_out = [_columns(row, source, own, usual, generator) for row, own in zip(drawn, texts, strict=True)]
-        columns: dict[str, Any] = {name: [row[name] for row in laid_out] for name in laid_out[0]}
-        features: dict[str, Any] = dict.fromkeys(columns, Value("string"))
-        if answers := make_answers(drawn, source, texts, forms, generator):
-            columns[ANSWER_COLUMN], features[ANSWER_COLUMN] = answers, Value("string")
-        if teacher is not None and source.teacher:
-            read = 1 if source.teacher == "anchor" else len(texts[0])
-            vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)
-            labels = vectors.reshape(count, read, -1).repeat(len(texts[0]) // read, axis=1)  # (rows, columns, width)
-            columns["label"], features["label"] = labels, Array2D(labels.shape[1:], "float32")
-        elif source.class_field is not None:
-            columns["label"], features["label"] = _classes(drawn, source), Value("int64")
-        elif source.facet == "form" and source.in_batch_negatives:
-            columns["label"], features["label"] = forms, List(Value("int64"))
-        result[source.name] = Dataset.from_dict(columns, features=Features(features))
+    for source, rows, count in _data_sets(recipe, usable, counts):
+        if source.name in result:
+            raise GircseError(f"data.sources: the rows of {source.name} are in two sources; name each task once")
+        if count:
+            result[source.name] = _data_set(recipe, source, rows, count, teacher)
         bar.update(count)
     bar.close()
     return result
+
+
+def _data_set(
+    recipe: Recipe, source: Source, rows: list[dict[str, Any]], count: int, teacher: Teacher | None
+) -> Dataset:
+    """So many of a source's rows, drawn and laid out in columns."""
+    if len(rows) * source.repeats < count:
+        raise GircseError(
+            f"{source.name}: {len(rows)} rows have {source.negatives} negatives, the recipe asks for {count}; "
+            f"lower examples or negatives, or raise repeats"
+        )
+    # A generator of the source's own: adding a source does not change the rows of the others.
+    generator = random.Random(f"{recipe.seed}/{source.name}")
+    drawn = _draw(rows, count, generator)
+    forms: list[list[int]] = []
+    if source.facet is None:
+        texts = [_texts(row, source, generator) for row in drawn]
+    else:
+        texts, forms = _facet_texts(drawn, source, rows, generator)
+    usual = recipe.query_instruction or DEFAULT_INSTRUCTION
+    instructions = [_instruction(row, source, usual, generator) for row in drawn]
+    prompted = [_prompted(own, source, asked) for own, asked in zip(texts, instructions, strict=True)]
+    columns: dict[str, Any] = dict(zip(_names(len(texts[0])), map(list, zip(*prompted, strict=True)), strict=True))
+    features: dict[str, Any] = dict.fromkeys(columns, Value("string"))
+    if answers := make_answers(drawn, source, texts, forms, generator):
+        columns[ANSWER_COLUMN], features[ANSWER_COLUMN] = answers, Value("string")
+    if isinstance(source.instruction, list):  # keys are those of the texts under the first wording
+        one = source.instruction[0]
+        columns[TEXT_KEYS] = [[key_of_text(text) for text in _prompted(own, source, one)] for own in texts]
+        features[TEXT_KEYS] = List(Value("int64"))
+    if teacher is not None and source.teacher:
+        labels = _taught(texts, source, teacher)
+        columns["label"], features["label"] = labels, Array2D(labels.shape[1:], "float32")
+    elif source.class_field is not None:
+        columns["label"], features["label"] = _classes(drawn, source), Value("int64")
+    elif source.facet == "form" and source.in_batch_negatives:
+        columns["label"], features["label"] = forms, List(Value("int64"))
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _taught(texts: list[list[str]], source: Source, teacher: Teacher) -> np.ndarray:
+    """The teacher's embeddings of each row's texts, (rows, columns, width)."""
+    read = 1 if source.teacher == "anchor" else len(texts[0])
+    vectors = teacher([text for own in texts for text in own[:read]]).astype(np.float32)
+    return vectors.reshape(len(texts), read, -1).repeat(len(texts[0]) // read, axis=1)
 
 
 def _draw(rows: list[dict[str, Any]], count: int, generator: random.Random) -> list[dict[str, Any]]:
@@ -188,90 +128,6 @@ def _classes(rows: list[dict[str, Any]], source: Source) -> list[int]:
         )
     numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
     return [numbers[str(value)] for value in values]
-
-
-def usable_rows(recipe: Recipe) -> list[list[dict[str, Any]]]:
-    """For every source of the recipe, its task's rows that have enough negatives. Each file is read once.
-
-    Raises:
-        InputDataError: A bad line.
-        GircseError: A file is missing, or has no usable row of a source's task.
-    """
-    wanted: dict[Path, dict[str | None, list[dict[str, Any]]]] = {}
-    for source in recipe.data.sources:
-        if source.file is not None:
-            wanted.setdefault(source_path(recipe.data.folder, source), {})[source.task] = []
-    there: dict[Path, Counter[str]] = {path: Counter() for path in wanted}
-    for path, patterns in wanted.items():
-        for row in read_rows(path):
-            there[path][row["task"]] += 1
-            for pattern, rows in patterns.items():
-                if matches(row["task"], pattern):
-                    rows.append(row)
-    result = []
-    for source in recipe.data.sources:
-        if source.file is None:
-            result.append(_hub_rows(source, recipe.seed))
-            continue
-        path = source_path(recipe.data.folder, source)
-        usable = [row for row in wanted[path][source.task] if _usable(row, source)]
-        _check_found(usable, str(path), source, there[path])
-        result.append(usable)
-    return result
-
-
-def _check_found(usable: list[dict[str, Any]], place: str, source: Source, tasks: Counter[str]) -> None:
-    """Raise where a source has no usable row; `tasks` counts the rows of every task in its place."""
-    if usable:
-        return
-    found = sum(number for task, number in tasks.items() if matches(task, source.task))
-    if not tasks:
-        raise GircseError(f"{place}: it has no rows at all")
-    if found:
-        task = "" if source.task is None else f" of {source.task}"
-        raise GircseError(f"{place}: none of the {found} rows{task} has {source.negatives} negatives; lower negatives")
-    near = difflib.get_close_matches(str(source.task), tasks, n=1)
-    listed = ", ".join(sorted(tasks)[:8]) + (", ..." if len(tasks) > 8 else "")
-    hint = f"did you mean {near[0]}?" if near else f"it has {listed}"
-    raise GircseError(f"{place}: there is no task {source.task}; {hint}")
-
-
-def _hub_rows(source: Source, seed: int) -> list[dict[str, Any]]:
-    """The first usable rows of a data set on the hub, streamed through a shuffling buffer.
-
-    Raises:
-        GircseError: The hub cannot be reached, or there is no such data set.
-    """
-    from datasets import load_dataset
-
-    name = str(source.hub)
-    try:
-        stream = load_dataset(name, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
-        rows = _checked_rows((_renamed(row, name, source) for row in stream), name)
-        tasks: Counter[str] = Counter()
-        usable = (row for row in _counted(rows, tasks) if matches(row["task"], source.task) and _usable(row, source))
-        found = list(islice(usable, source.examples))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise GircseError(f"the data set {name} cannot be loaded ({reason}); is the hub reachable?") from error
-    _check_found(found, name, source, tasks)
-    return found
-
-
-def _counted(rows: Iterable[dict[str, Any]], tasks: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows, counted by task as they pass."""
-    for row in rows:
-        tasks[row["task"]] += 1
-        yield row
-
-
-def _renamed(row: dict[str, Any], name: str, source: Source) -> dict[str, Any]:
-    given = source.instruction if isinstance(source.instruction, str | None) else source.instruction[0]
-    return {
-        **row,
-        "instruction": given or row.get("instruction") or row.get("prompt"),
-        "task": row.get("task") or row.get("type") or name,
-    }
 
 
 def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
@@ -293,17 +149,53 @@ def example_counts(recipe: Recipe, available: list[int]) -> list[int]:
         return [source.examples or there for source, there in zip(sources, available, strict=True)]
     counts = [source.examples or 0 for source in sources]
     shared = [index for index, source in enumerate(sources) if source.examples is None]
-    weights = {index: available[index] ** (1 / recipe.data.mixture_temperature) for index in shared}
-    for _ in range(recipe.data.examples // batch):  # a batch at a time to whoever is furthest below its share
-        room = [index for index in shared if counts[index] + batch <= available[index]]
-        if not room:
-            break
-        counts[min(room, key=lambda index: (counts[index] + batch) / weights[index])] += batch
+    room = [available[index] for index in shared]
+    given = _share_out(recipe.data.examples, room, batch, recipe.data.mixture_temperature)
+    for index, count in zip(shared, given, strict=True):
+        counts[index] = count
     return counts
 
 
-def _usable(row: dict[str, Any], source: Source) -> bool:
-    return source.facet is not None or len(row["neg"]) >= source.negatives
+def _share_out(total: int, available: list[int], unit: int, temperature: float = 1.0) -> list[int]:
+    """Parts of a total in proportion to size^(1/T), each a multiple of a unit and no more than there is."""
+    counts = [0] * len(available)
+    weights = [there ** (1 / temperature) for there in available]
+    for _ in range(total // unit):  # a unit at a time to whoever is furthest below its share
+        room = [index for index, there in enumerate(available) if counts[index] + unit <= there]
+        if not room:
+            break
+        counts[min(room, key=lambda index: (counts[index] + unit) / weights[index])] += unit
+    return counts
+
+
+def _data_sets(
+    recipe: Recipe, usable: list[list[dict[str, Any]]], counts: list[int]
+) -> Iterator[tuple[Source, list[dict[str, Any]], int]]:
+    """The data sets that a recipe's sources make, the rows of each and how many to draw: one a source, or one a task.
+
+    Raises:
+        GircseError: No task of a source makes a batch.
+    """
+    unit = recipe.training.batch_size
+    if recipe.training.gather_across_devices:
+        unit *= int(os.environ.get("WORLD_SIZE", "1"))  # a step takes a batch for every process
+    for source, rows, count in zip(recipe.data.sources, usable, counts, strict=True):
+        if not source.by_task:
+            yield source, rows, count
+            continue
+        tasks: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            tasks.setdefault(row["task"], []).append(row)
+        shares = _share_out(count, [len(own) * source.repeats for own in tasks.values()], unit)
+        small = [task for task, share in zip(tasks, shares, strict=True) if not share]
+        if len(small) == len(tasks):
+            raise GircseError(f"{source.name}: no task has {unit} rows, which make a step; lower training.batch_size")
+        if small and is_first_local_process():
+            logger.warning(
+                "%s: left out for want of %d rows, which make a step: %s", source.name, unit, ", ".join(small)
+            )
+        for (task, own), share in zip(tasks.items(), shares, strict=True):
+            yield source.of_task(task), own, share
 
 
 def _texts(row: dict[str, Any], source: Source, generator: random.Random) -> list[str]:
@@ -350,18 +242,22 @@ def _others(
     return found[:count]
 
 
-def _columns(
-    row: dict[str, Any], source: Source, texts: list[str], usual: str, generator: random.Random
-) -> dict[str, str]:
-    """The texts with their prompts, by the name of their column; `usual` is the instruction where nobody names one."""
+def _instruction(row: dict[str, Any], source: Source, usual: str, generator: random.Random) -> str:
+    """The source's, or one of its wordings, else the row's; `usual` where nobody names one."""
     instruction = source.instruction or row["instruction"] or usual
-    if not isinstance(instruction, str):
-        instruction = generator.choice(instruction)
+    return instruction if isinstance(instruction, str) else generator.choice(instruction)
+
+
+def _prompted(texts: list[str], source: Source, instruction: str) -> list[str]:
+    """A row's texts with their prompts."""
     prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction)
     passage_prompt = prompt if source.symmetric else ""
-    names = ["anchor", "positive", *(f"negative_{index}" for index in range(1, len(texts) - 1))]
-    prompts = [prompt, *[passage_prompt] * (len(texts) - 1)]
-    return {name: before + text for name, before, text in zip(names, prompts, texts, strict=True)}
+    return [prompt + texts[0], *(passage_prompt + text for text in texts[1:])]
+
+
+def _names(count: int) -> list[str]:
+    """Of the columns of so many texts a row."""
+    return ["anchor", "positive", *(f"negative_{index}" for index in range(1, count - 1))]
 
 
 def steps_an_epoch(recipe: Recipe, examples: Mapping[str, int], processes: int = 1) -> int:

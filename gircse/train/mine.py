@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from gircse.checkpoint import INSTRUCTION_TEMPLATE
-from gircse.errors import GircseError, MissingExtraError, UsageError
-from gircse.train.data import read_rows
+from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
+from gircse.train.mined_parts import MinedParts
+from gircse.train.rows import read_rows
 
 try:
     import zstandard
@@ -26,6 +29,25 @@ except ImportError as error:
     raise MissingExtraError("mining", "train") from error
 
 _SUFFIXES = (".jsonl", ".jsonl.zst")
+
+
+@dataclass(frozen=True)
+class MinedTask:
+    """A task that has been mined.
+
+    Attributes:
+        task: Its name.
+        rows_with_negatives: Those that got at least one.
+        rows: All of the task.
+        number: Of the task among the file's, from 1.
+        tasks: Of the file.
+    """
+
+    task: str
+    rows_with_negatives: int
+    rows: int
+    number: int
+    tasks: int
 
 
 def mine_file(
@@ -39,11 +61,16 @@ def mine_file(
     margin: float = 0.05,
     symmetric_tasks: frozenset[str] = frozenset(),
     overwrite: bool = False,
+    resume: bool = False,
+    model_name: str = "",
+    report: Callable[[MinedTask], None] | None = None,
 ) -> dict[str, int]:
     """Add to every row the passages of its task that the model finds most similar to the query, and write the rows.
 
     Passages are all positives and negatives of the task. A candidate is left out where it is closer to the query than
     (1 − margin) times the positive (sentence-transformers' relative margin), for it is likely to be an answer too.
+
+    What is found is kept beside the output, in ``OUTPUT.parts``, task by task, until the output is there.
 
     Args:
         source: ``.jsonl``, ``.jsonl.zst`` or ``.parquet`` rows.
@@ -55,13 +82,17 @@ def mine_file(
         margin: Relative margin below the positive's similarity.
         symmetric_tasks: Tasks whose passages carry the instruction too.
         overwrite: Replace an existing output.
+        resume: Go on after the tasks that an interrupted call has mined, if there was one.
+        model_name: What the model is called: an interrupted call is gone on with under the same name only.
+        report: Called with every task that has been mined.
 
     Returns:
         By task, the rows that got at least one negative.
 
     Raises:
-        UsageError: The output exists, is no such file or cannot be made, or the depth leaves nothing to choose from.
-        InputDataError: A bad row.
+        UsageError: The output exists, is no such file or cannot be made; the depth leaves nothing to choose from; an
+            interrupted call is not resumed, or was of other rows, settings or another model.
+        InputDataError: A bad row, or one that cannot be written.
     """
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists; choose another file or add --overwrite")
@@ -73,36 +104,69 @@ def mine_file(
         raise UsageError(f"{output.parent} cannot be made ({error.strerror})") from error
     if search_depth <= skip_top:
         raise UsageError(f"search depth {search_depth} must exceed the {skip_top} candidates that are skipped")
-    rows = list(read_rows(source))
+    rows = [_as_json(row, source, number) for number, row in enumerate(read_rows(source), start=1)]
     if not rows:
         raise GircseError(f"{source} holds no rows")
-    by_task: dict[tuple[str, str], list[int]] = {}
-    passages: dict[str, dict[str, None]] = {}
-    for index, row in enumerate(rows):
-        by_task.setdefault((row["task"], row["instruction"]), []).append(index)
-        passages.setdefault(row["task"], {}).update(dict.fromkeys((*row["pos"], *row["neg"])))
+    options = {
+        "negatives": negatives,
+        "skip_top": skip_top,
+        "search_depth": search_depth,
+        "margin": margin,
+    }
+    parts = MinedParts(
+        output,
+        {"rows": _checksum(rows), "model": model_name, "symmetric": sorted(symmetric_tasks), **options},
+        resume=resume,
+        overwrite=overwrite,
+    )
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
     found: dict[str, int] = {}
-    for (task, instruction), indices in by_task.items():
-        prompt = None
-        if hasattr(model, "format_instruction"):
-            prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction) if instruction else model.prompts.get("query")
-        mined = _mine_task(
-            [rows[index] for index in indices],
-            list(passages[task]),
-            model,
-            query_prompt=prompt,
-            corpus_prompt=prompt if task in symmetric_tasks else None,
-            negatives=negatives,
-            skip_top=skip_top,
-            search_depth=search_depth,
-            margin=margin,
-        )
-        for index, texts in zip(indices, mined, strict=True):
-            known = {*rows[index]["pos"], *texts}
-            rows[index]["neg"] = texts + [text for text in rows[index]["neg"] if text not in known]
-        found[task] = found.get(task, 0) + sum(bool(texts) for texts in mined)
+    for number, (task, own) in enumerate(by_task.items(), start=1):
+        mined = parts.mined.get(task)
+        if mined is None:
+            mined = _mine_task(own, model, symmetric=task in symmetric_tasks, **options)
+            parts.add(task, mined)
+        for row, texts in zip(own, mined, strict=True):
+            known = {*row["pos"], *texts}
+            row["neg"] = texts + [text for text in row["neg"] if text not in known]
+        found[task] = sum(map(bool, mined))
+        if report is not None:
+            report(MinedTask(task, found[task], len(own), number, len(by_task)))
     _write(rows, output)
+    parts.remove()
     return found
+
+
+def _as_json(row: dict[str, Any], source: Path, number: int) -> dict[str, Any]:
+    """A row as it will be written; what cannot be is told now, not after hours of mining.
+
+    Raises:
+        InputDataError: Bytes that are no text, or half a surrogate pair.
+    """
+    try:
+        written = json.dumps(row, ensure_ascii=False, default=_as_text)
+        written.encode()
+    except (TypeError, ValueError) as error:
+        raise InputDataError(
+            str(source), number, f"cannot be written as JSON ({error}); mend or drop the field"
+        ) from None
+    return json.loads(written)
+
+
+def _as_text(value: Any) -> str:
+    """A Parquet cell of a type that JSON does not have: a time, a decimal number, bytes of text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _checksum(rows: Sequence[dict[str, Any]]) -> str:
+    digest = sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _write(rows: Sequence[dict[str, Any]], output: Path) -> None:
@@ -117,6 +181,27 @@ def _write(rows: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _mine_task(
+    rows: list[dict[str, Any]], model: SentenceTransformer, *, symmetric: bool, **options: Any
+) -> list[list[str]]:
+    """The negatives of every row of a task; rows of one instruction are mined together."""
+    corpus = list(dict.fromkeys(text for row in rows for text in (*row["pos"], *row["neg"])))
+    by_instruction: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_instruction.setdefault(row["instruction"], []).append(index)
+    found: list[list[str]] = [[] for _ in rows]
+    for instruction, indices in by_instruction.items():
+        prompt = None
+        if hasattr(model, "format_instruction"):
+            prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction) if instruction else model.prompts.get("query")
+        prompts = {"query_prompt": prompt, "corpus_prompt": prompt if symmetric else None}
+        for index, texts in zip(
+            indices, _mine([rows[index] for index in indices], corpus, model, **prompts, **options), strict=True
+        ):
+            found[index] = texts
+    return found
+
+
+def _mine(
     rows: list[dict[str, Any]],
     corpus: list[str],
     model: SentenceTransformer,

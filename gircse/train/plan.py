@@ -27,7 +27,8 @@ from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_librar
 from gircse.train.answers import ANSWER_COLUMN
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
-from gircse.train.start import saved_model
+from gircse.train.same_texts import TEXT_KEYS
+from gircse.train.start import check_saved_model, saved_model
 
 SAMPLE = 500
 """Rows tokenised of every source: enough for a histogram."""
@@ -109,7 +110,7 @@ def try_recipe(recipe: Recipe) -> DryRun:
     """Look for all that a run needs; where backbone and data are there, estimate what it would do. Raises nothing."""
     needs: dict[str, Callable[[], Any]] = {"trackers": partial(check_trackers, recipe)}
     if recipe.start_from is not None:
-        needs["start_from"] = partial(_find_start, recipe.start_from)
+        needs["start_from"] = partial(_find_start, recipe, recipe.start_from)
     if recipe.loss.teacher is not None:
         needs["teacher"] = partial(_find_teacher, recipe.loss.teacher)
     if recipe.evaluation is not None:
@@ -144,10 +145,11 @@ def describe_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _find_start(place: str) -> None:
+def _find_start(recipe: Recipe, place: str) -> None:
     found = saved_model(place)
     if found is not None and not _is_there(found):
         raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
+    check_saved_model(recipe, place)
 
 
 def _find_teacher(name: str) -> None:
@@ -305,7 +307,7 @@ def _kept_bytes(recipe: Recipe, source: _SourceLengths, of_a_token: int, vocabul
 
 
 def _text_columns(rows: Any) -> list[str]:
-    return [name for name in rows.column_names if name not in ("label", ANSWER_COLUMN)]
+    return [name for name in rows.column_names if name not in ("label", ANSWER_COLUMN, TEXT_KEYS)]
 
 
 def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:

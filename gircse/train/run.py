@@ -5,7 +5,6 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
@@ -20,18 +19,27 @@ from peft import LoraConfig
 from transformers import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from gircse._version import __version__
-from gircse.backbones import resolve_backbone
 from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.hardware import is_out_of_memory
 from gircse.losses import ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
-from gircse.train.callbacks import RandomSteps, Report, SaveEvaluated, Speed, StepLosses, TimeLimit, random_state_kept
-from gircse.train.data import SameSourceBatches, load_training_data, source_path, steps_an_epoch
+from gircse.train.callbacks import (
+    OwnIntervals,
+    RandomSteps,
+    Report,
+    SaveEvaluated,
+    Speed,
+    StepLosses,
+    TimeLimit,
+    random_state_kept,
+)
+from gircse.train.data import SameSourceBatches, load_training_data, steps_an_epoch
+from gircse.train.facts import check_facts, note_facts, start_facts, training_facts
 from gircse.train.fused_lora import fused_lora
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, warm_up_advice
-from gircse.train.start import saved_model
+from gircse.train.same_texts import KeysBesideTexts
+from gircse.train.start import check_fit, saved_model
 from gircse.train.teacher import keep_vectors, load_teacher
 
 try:
@@ -64,7 +72,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
         The trained model.
 
     Raises:
-        UsageError: `output` is a file, or holds an earlier run and `resume` is False.
+        UsageError: `output` is a file, holds an earlier run and `resume` is False, or a run that was begun with another
+            recipe or other data.
         MissingExtraError: The recipe asks for an evaluation and the extra ``eval`` is missing.
         GircseError: Data or backbone are not to be had, the run diverged, or memory ran out.
     """
@@ -81,15 +90,20 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     torch.set_flush_denormal(True)
     evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
     model = make_model(recipe)  # before the teacher reads all texts for minutes: a wrong start_from is told at once
+    facts = model.encoder.training_facts | training_facts(recipe)
+    if last is not None:
+        check_facts(facts, checkpoints)
     teacher = None
     if (name := recipe.loss.teacher) is not None:
         teacher = keep_vectors(load_teacher(name), name, checkpoints / "teacher")
     data = load_training_data(recipe, teacher)
     del teacher  # and its memory
-    model.encoder.training_facts = training_facts(recipe, sum(len(rows) for rows in data.values()))
+    model.encoder.training_facts = facts | {"examples": sum(len(rows) for rows in data.values())}
     model.max_seq_length = recipe.data.max_seq_length
     trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
     model.model_card_data.train_datasets = []  # the card has the recipe's sources
+    if last is None and trainer.is_world_process_zero():  # by now all processes have seen that the folder was empty
+        note_facts(facts, checkpoints)
     try:
         with fused_lora(model, model.encoder.packed_weights):
             trainer.train(resume_from_checkpoint=last if resume else None)
@@ -98,8 +112,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
             raise
         raise GircseError(
             f"out of memory with batches of {recipe.training.batch_size} rows of up to {recipe.data.max_seq_length} "
-            "tokens; set training.micro_batch_size (the same gradients, a second forward pass), or lower "
-            "training.batch_size or data.max_seq_length, and go on with --resume"
+            "tokens; go on with --resume and training.micro_batch_size (the same gradients, a second forward pass), or "
+            "start again with a lower training.batch_size or data.max_seq_length"
         ) from error
     model.encoder.packed_weights.drop()  # half of them served gradients
     model.encoder.step_graphs.drop()
@@ -136,7 +150,7 @@ def _make_trainer(
         train_dataset=data,
         loss=losses,
         evaluator=evaluator,
-        callbacks=[*in_logs, SaveEvaluated()],
+        callbacks=[*in_logs, OwnIntervals(), SaveEvaluated()],
     )
     trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
     trainer.add_callback(_Progress())
@@ -175,6 +189,12 @@ class _Progress(ProgressCallback):
 
 class _Trainer(SentenceTransformerTrainer):
     """The trainer, whose evaluations do not change the random numbers of training."""
+
+    data_collator_class = KeysBesideTexts
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:  # as in transformers' trainer: else all processes would write the same files at once
+            super()._save(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with random_state_kept():  # even an empty data loader draws from them
@@ -234,18 +254,9 @@ def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     """The model to start from, its adapter or weights trainable again."""
     model = GIRCSE(saved_model(place), dtype=getattr(torch, recipe.training.dtype))
     encoder, backbone = model.encoder, model.encoder.backbone
-    if (expected := resolve_backbone(recipe.backbone).sha256) != encoder.reference.sha256:
-        raise GircseError(
-            f"{place} was trained on {encoder.reference.name} (sha256 {encoder.reference.sha256[:12]}), the recipe "
-            f"names {recipe.backbone} (sha256 {expected[:12]}); name the same backbone"
-        )
     configs: Any = backbone.peft_config.values() if encoder.has_adapter else ()
-    found = [(config.r, config.lora_alpha, config.lora_dropout) for config in configs]
-    wanted = [] if recipe.lora is None else [(recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout)]
-    if found != wanted:
-        raise GircseError(
-            f"{place} has LoRA layers of (r, alpha, dropout) {found}, the recipe asks for {wanted}; make them equal"
-        )
+    check_fit(recipe, place, encoder.reference, [(own.r, own.lora_alpha, own.lora_dropout) for own in configs])
+    encoder.training_facts = {"start": start_facts(place, model)}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(recipe.lora is None or "lora_" in name)
     return model
@@ -259,33 +270,14 @@ def make_losses(recipe: Recipe, model: GIRCSE, names: list[str]) -> dict[str, IC
     if micro_batch is not None:
         options["mini_batch_size"] = micro_batch
     kind = ICRLoss if micro_batch is None else CachedICRLoss
-    own = {source.name: source for source in recipe.data.sources}
     losses = {}
     for name in names:
-        temperature = own[name].temperature or settings.temperature
-        options |= {"in_batch_negatives": own[name].in_batch_negatives, "temperature": temperature}
-        options["answer_weight"] = 0.0 if own[name].answer is None else settings.answer_weight
+        source = recipe.data.source_of(name)
+        temperature = source.temperature or settings.temperature
+        options |= {"in_batch_negatives": source.in_batch_negatives, "temperature": temperature}
+        options["answer_weight"] = 0.0 if source.answer is None else settings.answer_weight
         losses[name] = kind(model, **options)
     return losses
-
-
-def training_facts(recipe: Recipe, examples: int) -> dict[str, Any]:
-    """What the checkpoint remembers of its run: the recipe, and the checksums of the data files."""
-    values = recipe.model_dump(mode="json", exclude={"data": {"folder"}, "evaluation": {"folder"}})
-    if not recipe.loss.stepwise:
-        values["loss"]["refinement_weight"] = 0.0  # there is no penalty, and the recipe can be read again
-    files = {source_path(recipe.data.folder, source) for source in recipe.data.sources if source.file is not None}
-    return {
-        "gircse": __version__,
-        "recipe": values,
-        "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
-        "examples": examples,
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _arguments(recipe: Recipe, checkpoints: Path) -> SentenceTransformerTrainingArguments:
