@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from gircse.cli.search import open_index
-from gircse.errors import GircseError, UsageError
+from gircse.errors import GircseError, InputDataError, UsageError
 from gircse.search import answer as work
 from gircse.search.manifest import Manifest
 from gircse.search.table import ChunkTable
@@ -90,6 +90,69 @@ def test_options_reach_the_index_and_are_remembered(folder: str, invoke: Invoke,
         invoke("index", corpus, "-o", folder, "--overwrite", "--column", "body", "--chunk-tokens", "41")
 
 
+def test_a_wrong_call_of_index_loads_nothing_and_writes_nothing(
+    tmp_path: Path, invoke: Invoke, models: list[Any]
+) -> None:
+    corpus, folder = tmp_path / "corpus.txt", tmp_path / "an.index"
+    corpus.write_text("ants dig\nbees fly\n", encoding="utf-8")
+    for options, said in (
+        (("--chunk-tokens", "40", "--chunk-overlap", "25"), "chunks of 40 tokens cannot overlap by 25"),
+        (("--chunk-tokens", "8", "--text-language", "Klingon"), "no language 'Klingon'; choose from Arabic, Danish"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            invoke("index", str(corpus), "-o", str(folder), *options)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("")
+    with pytest.raises(UsageError, match="holds other things than an index"):
+        invoke("index", str(corpus), "-o", str(tmp_path / "notes"))
+    assert (models, folder.exists()) == ([], False)
+    small = ("--chunk-tokens", "8")
+    assert invoke("index", str(corpus), "-o", str(folder), *small, "--text-language", "german", "--json")["added"] == 2
+    assert Manifest.read(folder).settings.text_language == "German"
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, folder = tmp_path / "corpus.txt", tmp_path / "an.index"
+    corpus.write_text("ants dig\nbees fly\n", encoding="utf-8")
+    app = typer.Typer()
+    module = import_module("gircse.cli.index")
+    app.command()(module.index)
+
+    def stopped(*options: str) -> str:
+        result = CliRunner().invoke(app, [str(corpus), "-o", str(folder), "--chunk-tokens", "8", *options])
+        assert result.exit_code == 130
+        return result.stderr
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_model", stop)
+        assert stopped() == "stopped; nothing was done yet\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkTable, "build_indices", stop)
+        kept = f"stopped; what is done is kept in {folder}: the same command"
+        assert stopped() == f"{kept} goes on\n"
+        assert stopped("--overwrite") == f"{kept} without --overwrite goes on\n"
+    assert invoke("index", str(corpus), "-o", str(folder), "--chunk-tokens", "8", "--json")["unchanged"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_model", stop)
+        assert stopped() == "stopped; nothing was done yet\n", "it was whole already"
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN"])
+def test_what_is_printed_is_json(tmp_path: Path, invoke: Invoke, number: str) -> None:
+    corpus, folder = tmp_path / "corpus.jsonl", str(tmp_path / "an.index")
+    corpus.write_text(
+        f'{{"text": "ants dig", "n": {number}, "m": 1.5}}\n{{"text": "bees", "n": 0.5}}', encoding="utf-8"
+    )
+    invoke("index", str(corpus), "-o", folder, "--chunk-tokens", "8")
+    assert invoke("search", folder, "ants", "--top", "1", "--json")["hits"][0]["metadata"] == {"m": 1.5}
+    # As an index may hold it that was made while infinite numbers counted as numbers.
+    ChunkTable.open(Path(folder))._table.update(where="m = 1.5", values={"n": float(number)})
+    assert invoke("search", folder, "ants", "--top", "1", "--json")["hits"][0]["metadata"] == {"m": 1.5}
+
+
 def test_bad_rows_and_approximate_search(tmp_path: Path, invoke: Invoke) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"word{n} and word{n % 9}" for n in range(300)) + "\n \nlast", encoding="utf-8")
@@ -147,7 +210,7 @@ def test_an_unfinished_index_says_what_does_not_count_yet(
     assert capsys.readouterr().err.endswith("is unfinished: run gircse index again\n"), "it has words of its first run"
 
 
-def test_rerank(invoke: Invoke, tmp_path: Path) -> None:
+def test_rerank(invoke: Invoke, models: list[Any], tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     columns = ("--column", "body", "--id-column", "key")
@@ -155,6 +218,11 @@ def test_rerank(invoke: Invoke, tmp_path: Path) -> None:
     assert (found["num_steps"], len(found["results"])) == (7, 2)
     assert (found["results"][0]["id"], found["results"][0]["index"]) == ("bees", 1)
     assert invoke("rerank", "x", str(texts), *columns, "--instruction", "cats sleep").split()[2] == "cats"
+    texts.write_text("", encoding="utf-8")
+    models.clear()
+    with pytest.raises(InputDataError, match=r"texts\.jsonl: holds no texts") as caught:
+        invoke("rerank", "honey", str(texts), *columns)
+    assert (caught.value.exit_code, models) == (1, [])
 
 
 class Writer:

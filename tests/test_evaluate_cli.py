@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,17 @@ def test_wrong_calls(tmp_path: Path) -> None:
     words.write_text("MyFacets: {parity: [One, Two], topic: [Three]}")
     with pytest.raises(InputDataError, match="MyFacets: every facet needs the same number of wordings"):
         call("evaluate", "--tasks", "MyFacets", "--data", tmp_path, "--instructions", words, "-o", tmp_path)
+
+
+def test_a_folder_that_takes_no_results_is_refused_before_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("gircse.cli.evaluate"), "_load", pytest.fail)
+    write_all(tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(UsageError, match=rf"--output {output}: nothing can be written there \(.+\)"):
+            call("evaluate", "--tasks", "STSBenchmark", "--data", tmp_path / "data", "-o", output)
 
 
 def test_lists_of_steps() -> None:

@@ -145,6 +145,21 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         read_folder(tmp_path, TaskDescription("Classification"))
 
 
+def test_ids_may_be_whole_numbers(tmp_path: Path) -> None:
+    write_rows(tmp_path / "corpus.jsonl", [{"id": 0, "text": "t"}, {"id": "1", "text": "u"}])
+    write_rows(tmp_path / "queries.jsonl", [{"id": 7, "text": "q"}])
+    (tmp_path / "qrels.tsv").write_text("7\t0\t1\n")
+    write_rows(tmp_path / "candidates.jsonl", [{"query": 7, "candidates": [0, 1]}])
+    data = read_folder(tmp_path, TaskDescription("Retrieval")).retrieval
+    assert data is not None
+    assert [row["id"] for row in data.corpus + data.queries] == ["0", "1", "7"]
+    assert (data.relevant, data.candidates) == ({"7": {"0": 1}}, {"7": ["0", "1"]})
+    for row, said in (({"id": "0", "text": "u"}, "id '0' stands on line 1 already"), ({"id": True, "text": "u"}, "it")):
+        write_rows(tmp_path / "corpus.jsonl", [{"id": 0, "text": "t"}, row])
+        with pytest.raises(InputDataError, match=rf"corpus\.jsonl:2: .*{said}"):
+            read_folder(tmp_path, TaskDescription("Retrieval"))
+
+
 def test_wrong_judgements_are_named(tmp_path: Path) -> None:
     write_retrieval(tmp_path)
     path = tmp_path / "qrels.tsv"

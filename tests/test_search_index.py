@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
 from gircse.errors import GircseError, UsageError
+from gircse.search import TEXT_LANGUAGES
 from gircse.search.manifest import Manifest
-from gircse.search.table import ChunkTable
+from gircse.search.search import SearchIndex
+from gircse.search.table import Chunk, ChunkTable
 from tests.search_model import WordModel, make_index, settings
 
 pytest.importorskip("lancedb")
+from lancedb.table import LanceTable
+
 LONG = "The first sentence is about ants and nests. The second one is about bees and hives. A third tells of cats."
 
 
@@ -129,8 +137,116 @@ def test_stemming_is_of_the_language_asked_for(tmp_path: Path) -> None:
         table = ChunkTable.open(tmp_path / language)
         found[language] = [bool(table.text_search(word, 5, None, None)) for word in ("runs", "Haus")]
     assert found == {"English": [True, False], "German": [False, True]}
-    with pytest.raises(UsageError, match="knows no language 'Klingon'"):
-        make_index(corpus, tmp_path / "other", made_with=settings(text_language="Klingon"))
+    with pytest.raises(UsageError, match="knows no language 'Klingon'; choose from Arabic, Danish"):
+        settings(text_language="Klingon")
+    assert settings(text_language="tamil") == settings(text_language="Tamil")
+
+
+@pytest.mark.parametrize("language", TEXT_LANGUAGES)
+def test_the_languages_are_those_of_the_library(tmp_path: Path, language: str) -> None:
+    table = ChunkTable.create(tmp_path, 1, {})
+    table.add([Chunk("a", 0, "", "words", {})], np.ones((1, 1)))
+    table.build_indices(language, 9)
+    assert table.has_text_index
+
+
+def test_settings_that_contradict_each_other_are_never_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="chunks of 40 tokens cannot overlap by 25"):
+        settings(chunk_tokens=40, chunk_overlap=25)
+    corpus, folder = write(tmp_path / "corpus.jsonl", {"a": "ants"}), tmp_path / "an.index"
+    make_index(corpus, folder)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"chunk_overlap": 3', '"chunk_overlap": 30'))  # as older ones were
+    with pytest.raises(GircseError, match=r"an\.index: chunks of 12 .*; make the index anew with --overwrite"):
+        make_index(corpus, folder)
+    assert make_index(corpus, folder, overwrite=True).added == 1
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2, 3])
+def test_whole_numbers_become_doubles_without_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: int
+) -> None:
+    corpus, folder, model = tmp_path / "corpus.jsonl", tmp_path / "an.index", WordModel()
+    make_index(write(corpus, {"a": {"text": "ants", "n": 1}, "b": {"text": "bees"}}), folder, model)
+    model.embedded.clear()
+    write(corpus, {"a": {"text": "ants", "n": 1}, "b": {"text": "bees"}, "c": {"text": "cats", "n": 2.5}})
+    stop_after(monkeypatch, commits)
+    if commits < 3:
+        with pytest.raises(KeyboardInterrupt):
+            make_index(corpus, folder, model)
+    monkeypatch.undo()
+    assert ChunkTable.open(folder).metadata_columns in ([], ["n"])
+    assert make_index(corpus, folder, model).unchanged == 2
+    assert model.embedded == ["cats"]
+    assert_same(folder, make_fresh(corpus, tmp_path))
+    assert Manifest.read(folder).metadata == {"n": "double"}
+    write(corpus, {"a": {"text": "ants", "n": 3}})
+    make_index(corpus, folder, model)
+    assert [row["n"] for row in content(folder)] == [3.0]
+
+
+def test_a_parquet_column_that_becomes_one_of_doubles_embeds_nothing_again(tmp_path: Path) -> None:
+    corpus, folder, model = tmp_path / "corpus.parquet", tmp_path / "an.index", WordModel()
+    rows: dict[str, Any] = {"id": ["a", "b"], "text": ["ants", "bees"]}
+    for values, embedded in (([1, 2], ["ants", "bees"]), ([1.0, 2.0], []), ([1.0, 2.5], ["bees"]), ([1.0, 2.5], [])):
+        pq.write_table(pa.table({**rows, "n": values}), corpus)  # one type a column: all are floats where one is
+        model.embedded.clear()
+        make_index(corpus, folder, model)
+        assert model.embedded == embedded
+        assert [row["n"] for row in content(folder)] == values
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int) -> None:
+    """Ctrl-C at the commit of a table's columns after so many."""
+    left = iter(range(commits))
+    for name in ("alter_columns", "add_columns", "drop_columns"):
+        monkeypatch.setattr(LanceTable, name, stopping(getattr(LanceTable, name), left))
+
+
+def stopping(method: Any, left: Iterator[int]) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return method(*arguments, **options)
+
+    return call
+
+
+def make_fresh(corpus: Path, root: Path) -> Path:
+    make_index(corpus, root / "fresh.index")
+    return root / "fresh.index"
+
+
+def test_files_that_cannot_be_read_or_written_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, folder = write(tmp_path / "corpus.jsonl", {"a": {"text": "ants", "n": 1}}), tmp_path / "an.index"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GircseError, match=r"no index can be written to .*file/an\.index \(Not a directory\); choose"):
+        make_index(corpus, tmp_path / "file" / "an.index")
+    full = "lance error: LanceError(IO): Generic error: No space left on device (os error 28), /src/a.rs:1"
+
+    def fill(*arguments: Any) -> None:
+        raise RuntimeError(full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceTable, "add", fill)
+        with pytest.raises(GircseError) as caught:
+            make_index(corpus, folder)
+    said = f"{folder} cannot be read or written: No space left on device; mend that, and run the same command again"
+    assert str(caught.value) == said
+    make_index(corpus, folder)
+    index = SearchIndex(folder)
+    for path in (folder / "chunks.lance" / "data").glob("*.lance"):
+        path.write_bytes(path.read_bytes()[:200])
+    for where in (None, "n = 1"):
+        with pytest.raises(GircseError) as caught:
+            index.search("ants", mode="text", where=where)
+        assert re.fullmatch(rf"{folder} is damaged \([^/]+\); make the index anew .* --overwrite", str(caught.value))
+    for path in (folder / "chunks.lance" / "_versions").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(GircseError, match="is damaged"):
+        SearchIndex(folder)
 
 
 @pytest.mark.slow

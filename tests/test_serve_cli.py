@@ -14,6 +14,7 @@ import threading
 import time
 import typing
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from typer.testing import CliRunner
 import gircse.serve.logs
 import gircse.serve.run
 from gircse.cli.serve import serve
-from gircse.errors import GircseError
+from gircse.errors import GircseError, UsageError
+from gircse.serve.run import bind
+from gircse.serve.service import Service
 from gircse.serve.settings import ServeSettings
-from tests.serving import tiny_model
+from tests.serving import tiny_model, tiny_settings
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(serve)
@@ -45,7 +48,7 @@ def served(monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: d
     services: list[Any] = []
     formats: list[bool] = []
     monkeypatch.setattr(gircse.serve.logs, "configure_logging", lambda *, as_json: formats.append(as_json))
-    monkeypatch.setattr(gircse.serve.run, "run", lambda service, announce: services.append(service))
+    monkeypatch.setattr(gircse.serve.run, "run", lambda service, listener, announce: services.append(service))
     result = CliRunner().invoke(app, arguments, env=environment)
     assert not services or formats == [services[0].settings.log_json]
     return (services[0] if services else None), result
@@ -89,7 +92,9 @@ def test_flags_and_variables_reach_the_service(monkeypatch: pytest.MonkeyPatch, 
         assert service.limits.batch_tokens == 123
     service, _ = served(monkeypatch, ["--dtype", "bfloat16", "--device", "cpu", "--max-num-steps", "9"], environment)
     assert str(next(service.model.parameters()).dtype) == "torch.bfloat16"
-    service, result = served(monkeypatch, ["--model", saved, "--max-num-steps", "9", "--host", "0.0.0.0"], {})
+    service, result = served(
+        monkeypatch, ["--model", saved, "--port", "0", "--max-num-steps", "9", "--host", "0.0.0.0"], {}
+    )
     assert service.limits.names == ("tiny",)
     assert "GIRCSE_API_KEY" in result.output
 
@@ -145,13 +150,35 @@ def test_sigterm_finishes_the_queue_and_exits_with_0(saved: str) -> None:
         httpx.get(url + "/health")
 
 
-def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
-    monkeypatch.setattr(gircse.serve.logs, "configure_logging", lambda *, as_json: None)
+def test_what_is_wrong_without_the_model_is_one_line_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, saved: str
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(import_module("gircse.cli.serve"), "load_model", lambda *_, **options: loaded.append(options))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(app, ["--model", saved, "--max-num-steps", "16", "--port", port])
     assert isinstance(result.exception, GircseError)
     assert re.fullmatch(rf"cannot listen on 127.0.0.1:{port} \(.+\); choose another .+", str(result.exception))
+    for steps, arguments in ((3, ["--model", saved]), (5, ["--num-steps", "5"])):  # K of the model, and of the option
+        result = CliRunner().invoke(app, [*arguments, "--port", "0", "--max-num-steps", str(steps - 1)])
+        assert isinstance(result.exception, UsageError)
+        assert f"K = {steps} is above --max-num-steps ({steps - 1})" in str(result.exception)
+    assert loaded == []
+
+
+def test_a_bound_port_takes_no_connections_yet_and_one_of_two_servers_is_told(backbone: Path) -> None:
+    with bind("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(address)
+            other.listen()
+            service = Service(tiny_model(backbone), tiny_settings())
+            with pytest.raises(GircseError, match=rf"cannot listen on 127.0.0.1:{address[1]} "):
+                gircse.serve.run.run(service, listener, lambda address: None)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def ask(
             "best_similarity": result.best_similarity,
             "passages": [_as_json(passage, passage in cited) for passage in result.passages],
         }
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         return
     print()
     if not result.passages and result.best_similarity is not None:

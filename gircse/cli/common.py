@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -138,12 +138,19 @@ def concrete_dtype(dtype: Dtype, device: str | None) -> WeightsDtype:
 
 def backbone_of(model: str | None) -> str | None:
     """The backbone that a saved model in a local folder names; None where it has all weights, or is on the hub."""
+    values = _saved_config(model)
+    return None if values.get("weights") == "full" else values.get("backbone", {}).get("name")
+
+
+def steps_of(model: str | None) -> int | None:
+    """K of a saved model in a local folder; None where it is on the hub."""
+    return _saved_config(model).get("refinement", {}).get("num_steps")
+
+
+def _saved_config(model: str | None) -> dict[str, Any]:
     folder = Path(model) if model else Path(__file__).parents[1] / "pretrained" / "smollm2-135m"
     config = folder / "gircse_config.json"
-    if not config.is_file():
-        return None
-    values = json.loads(config.read_text(encoding="utf-8"))
-    return None if values.get("weights") == "full" else values.get("backbone", {}).get("name")
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
 def prepare_backbone(name: str | None) -> None:

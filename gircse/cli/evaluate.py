@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,6 +146,7 @@ def evaluate(
     models = (model, *dict.fromkeys(against or ()))
     for name in models:  # all of them before the hours that scoring one may take
         _check_model(name)
+    _check_output(output)
     failed = 0
     unloaded: list[str] = []
     scored: list[Event] = []
@@ -190,6 +192,16 @@ def parse_steps(text: str | None) -> list[int] | None:
             raise UsageError(f"--num-steps {text!r} is no list of steps; write 5, 0,1,2,5 or 1-20")
         steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return sorted(steps)
+
+
+def _check_output(folder: Path) -> None:
+    """Make the folder of results and write into it once, before the hours whose scores would have no place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {folder}: nothing can be written there ({error.strerror})") from error
 
 
 def _check_model(name: str | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +30,7 @@ from gircse.cli.common import (
 )
 from gircse.embed import InputFormat
 from gircse.errors import UsageError
-from gircse.search import DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW
+from gircse.search import DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW, TEXT_LANGUAGES
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -55,7 +57,10 @@ def index(
         typer.Option(min=0, help="Tokens shared by neighbouring chunks; an eighth of a chunk where not given."),
     ] = None,
     text_language: Annotated[
-        str | None, typer.Option(help="Whose word endings full-text search ignores; English where not given.")
+        str | None,
+        typer.Option(
+            help=f"Whose word endings full-text search ignores; English where not given. {', '.join(TEXT_LANGUAGES)}."
+        ),
     ] = None,
     exact_below: Annotated[
         int | None,
@@ -97,43 +102,72 @@ def index(
       gircse index notes.txt -o notes.index --num-steps 1
     """
     from gircse.embed.reader import CorpusReader
+    from gircse.search.chunks import check_sizes
     from gircse.search.corpus import DocumentCorpus
-    from gircse.search.index import index_corpus
-    from gircse.search.manifest import Manifest
+    from gircse.search.index import check_folder, index_corpus
+    from gircse.search.manifest import Manifest, text_language_named
 
+    check_folder(output)
     made = None if overwrite else Manifest.find(output)
     had = made.settings if made else None
+    sizes = _chunk_sizes(had, chunk_tokens, chunk_overlap)
+    check_sizes(*sizes)
+    language = text_language_named(text_language) if text_language is not None else None
     text_column = column or (had.column if had else "text")
     ids = id_column or (had.id_column if had else None)
     documents = DocumentCorpus(CorpusReader(corpus, input_format, column=text_column, id_column=ids, skip_bad=skip_bad))
     documents.reader.peek()
-    encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype, quantize=quantize)
-    settings = _settings(
-        encoder,
-        had,
-        model=model,
-        instruction=instruction,
-        num_steps=num_steps,
-        chunk_tokens=chunk_tokens,
-        chunk_overlap=chunk_overlap,
-        text_language=text_language,
-        column=text_column,
-        id_column=ids,
-    )
-    with _Display() as display:
-        summary = index_corpus(
+    with _interruptible(output, overwrite):
+        encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype, quantize=quantize)
+        settings = _settings(
             encoder,
-            documents,
-            output,
-            settings,
-            exact_below=exact_below,
-            batch_tokens=batch_tokens,
-            overwrite=overwrite,
-            on_progress=display.update,
+            had,
+            model=model,
+            instruction=instruction,
+            num_steps=num_steps,
+            sizes=sizes,
+            text_language=language,
+            column=text_column,
+            id_column=ids,
         )
+        with _Display() as display:
+            summary = index_corpus(
+                encoder,
+                documents,
+                output,
+                settings,
+                exact_below=exact_below,
+                batch_tokens=batch_tokens,
+                overwrite=overwrite,
+                on_progress=display.update,
+            )
     _print_closing_words(summary, str(documents.reader.bad))
     if json_output:
         print(json.dumps(asdict(summary), ensure_ascii=False))
+
+
+@contextmanager
+def _interruptible(output: Path, overwrite: bool) -> Iterator[None]:
+    """Say on Ctrl-C what it costs, and how to go on."""
+    from gircse.search.manifest import Manifest
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = Manifest.find(output)
+        command = "the same command without --overwrite" if overwrite else "the same command"
+        kept = begun is not None and not begun.complete
+        what = f"what is done is kept in {output}: {command} goes on" if kept else "nothing was done yet"
+        stderr.print(f"stopped; {what}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _chunk_sizes(had: IndexSettings | None, tokens: int | None, overlap: int | None) -> tuple[int, int]:
+    """Longest chunk and overlap: what was asked for; else what the index was made with; else the defaults."""
+    longest = tokens or (had.chunk_tokens if had else DEFAULT_CHUNK_TOKENS)
+    if overlap is None:
+        overlap = had.chunk_overlap if had else longest // 8
+    return longest, overlap
 
 
 def _settings(
@@ -143,8 +177,7 @@ def _settings(
     model: str | None,
     instruction: str | None,
     num_steps: int | None,
-    chunk_tokens: int | None,
-    chunk_overlap: int | None,
+    sizes: tuple[int, int],
     text_language: str | None,
     column: str,
     id_column: str | None,
@@ -162,9 +195,7 @@ def _settings(
         dimension=encoder.get_embedding_dimension() or 0,
     )
     base = had or fresh
-    tokens = chunk_tokens or base.chunk_tokens
-    if chunk_overlap is None:
-        chunk_overlap = had.chunk_overlap if had else tokens // 8
+    tokens, overlap = sizes
     limit = encoder.encoder.max_seq_length
     if tokens > limit:
         raise UsageError(f"chunks of {tokens} tokens exceed the model's longest input of {limit}; lower --chunk-tokens")
@@ -175,7 +206,7 @@ def _settings(
         document_prompt=base.document_prompt if instruction is None else encoder.format_instruction(instruction),
         dimension=fresh.dimension,
         chunk_tokens=tokens,
-        chunk_overlap=chunk_overlap,
+        chunk_overlap=overlap,
         column=column,
         id_column=id_column,
         text_language=text_language or base.text_language,

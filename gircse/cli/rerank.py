@@ -20,10 +20,10 @@ from gircse.cli.common import (
     NumStepsOption,
     QuantizeOption,
     load_model,
-    stderr,
 )
 from gircse.cli.search import shortened
 from gircse.embed import InputFormat
+from gircse.errors import InputDataError
 
 
 def rerank(
@@ -59,6 +59,8 @@ def rerank(
     from gircse.embed.reader import CorpusReader
 
     rows = list(CorpusReader(source, input_format, column=column, id_column=id_column))
+    if not rows:
+        raise InputDataError(source, None, "holds no texts; there is nothing to rank")
     loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
 
     from gircse.search.rerank import rerank as rank
@@ -73,5 +75,3 @@ def rerank(
     for place, result in enumerate(ranked, start=1):
         name = escape(str(rows[result.index].id))
         console.print(f"[bold]{place:>3}[/]  {result.score:.4f}  [cyan]{name}[/]  {escape(shortened(result.text))}")
-    if not ranked:
-        stderr.print("no texts to rank", highlight=False)

@@ -93,7 +93,7 @@ def search(
     )
     if json_output:
         facts = {"query": query, "mode": mode, "num_steps": found.manifest.settings.num_steps, "hits": as_json(hits)}
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         return
     console = Console(highlight=False, soft_wrap=True)
     for rank, hit in enumerate(hits, start=1):

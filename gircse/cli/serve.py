@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gircse.cli.common import DTYPE_HELP, QUANTIZE_HELP, Dtype, Quantize, load_model, stderr
+from gircse.cli.common import DTYPE_HELP, QUANTIZE_HELP, Dtype, Quantize, load_model, stderr, steps_of
 from gircse.errors import MissingExtraError
 from gircse.serve.settings import MAX_ITEMS, LongTexts, ServeSettings
 
@@ -142,19 +142,23 @@ def serve(
         stderr.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} may use this server; set GIRCSE_API_KEY"
         )
-    loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
     from gircse.serve.logs import configure_logging
-    from gircse.serve.run import run
+    from gircse.serve.run import bind, run
     from gircse.serve.service import Service
 
-    service = Service(loaded, settings, Path(model).name if model else "gircse-smollm2-135m")
-    configure_logging(as_json=log_json)
-    names = ", ".join(service.limits.names)
+    if num_steps is None and (own_steps := steps_of(model)) is not None:
+        settings.check_steps(own_steps)
+    with bind(host, port) as listener:  # before the model loads, which takes longer than to find the port taken
+        loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
+        service = Service(loaded, settings, Path(model).name if model else "gircse-smollm2-135m")
+        configure_logging(as_json=log_json)
+        names = ", ".join(service.limits.names)
 
-    def announce(address: str) -> None:
-        stderr.print(f"serving {names} on {address} (playground: /, reference: /docs)", highlight=False, markup=False)
+        def announce(address: str) -> None:
+            words = f"serving {names} on {address} (playground: /, reference: /docs)"
+            stderr.print(words, highlight=False, markup=False)
 
-    run(service, announce)
+        run(service, listener, announce)
 
 
 def _is_loopback(host: str) -> bool:

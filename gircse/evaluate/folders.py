@@ -30,6 +30,10 @@ def _is_filled(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _is_id(value: Any) -> bool:
+    return _is_filled(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
@@ -42,6 +46,8 @@ def _is_number(value: Any) -> bool:
 _CHECKS: dict[str, tuple[Check, str]] = {
     "text": (_is_text, "a text"),
     "filled": (_is_filled, "a text that is not empty"),
+    "id": (_is_id, "a text that is not empty, or a whole number"),
+    "ids": (lambda value: isinstance(value, list) and bool(value) and all(map(_is_id, value)), "a list of ids"),
     "number": (_is_number, "a number, and a finite one"),
     "label": (lambda value: isinstance(value, str | int) and not isinstance(value, bool), "a text or a whole number"),
     "binary": (lambda value: value in (0, 1), "0 or 1"),
@@ -58,8 +64,8 @@ LAYOUTS: dict[str, dict[str, dict[str, str]]] = {
     },
     "Clustering": {"test.jsonl": {"text": "text", "label": "label"}},
     "Retrieval": {
-        "corpus.jsonl": {"id": "filled", "text": "text"},
-        "queries.jsonl": {"id": "filled", "text": "filled"},
+        "corpus.jsonl": {"id": "id", "text": "text"},
+        "queries.jsonl": {"id": "id", "text": "filled"},
         "qrels.tsv": {},
     },
     "Reranking": {"test.jsonl": {"query": "filled", "positive": "texts", "negative": "texts"}},
@@ -251,6 +257,8 @@ def _read_rows(path: Path, fields: Mapping[str, str]) -> list[_Placed]:
                 raise InputDataError(str(path), line, f"no {name!r}; add it, it must be {wanted}")
             if not passes(row[name]):
                 raise InputDataError(str(path), line, f"{name!r} is {str(row[name])[:60]!r}; it must be {wanted}")
+            if check in ("id", "ids"):  # 7 and "7" are the same id, as they are in qrels.tsv, which knows only texts
+                row[name] = str(row[name]) if check == "id" else [str(value) for value in row[name]]
         rows.append(_Placed(path, line, row))
     if not rows:
         raise InputDataError(str(path), None, "holds no rows; write one JSON object a line")
@@ -340,7 +348,7 @@ def _once(rows: Sequence[_Placed], key: str, mend: str) -> dict[str, int]:
 
 
 def _read_candidates(path: Path, queries: set[str], documents: set[str]) -> dict[str, list[str]]:
-    rows = _read_rows(path, {"query": "filled", "candidates": "texts"})
+    rows = _read_rows(path, {"query": "id", "candidates": "ids"})
     _once(rows, "query", "put its candidates together on one line")
     for _, line, row in rows:
         if row["query"] not in queries:

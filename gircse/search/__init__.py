@@ -1,8 +1,8 @@
 """Search: an index of a corpus on disk, vector, full-text and hybrid search in it, reranking, answers with citations.
 
 `corpus` reads documents, `chunks` cuts them, `table` keeps chunks in LanceDB, `manifest` remembers what made them,
-`index` ties these to a model; `search` asks, `rerank` ranks again, `answer` writes. This file holds only the words they
-share, so that the command line can offer them without importing anything heavy.
+`index` ties these to a model; `condition` checks filters, `search` asks, `rerank` ranks again, `answer` writes. This
+file holds only the words they share, so that the command line can offer them without importing anything heavy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ DEFAULT_CHUNK_OVERLAP = DEFAULT_CHUNK_TOKENS // 8
 
 DEFAULT_EXACT_BELOW = 50_000
 """Chunks from which on vectors are searched approximately (IVF-HNSW); below, every vector is compared."""
+
+TEXT_LANGUAGES = (
+    "Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian", "Norwegian",
+    "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish",
+)  # fmt: skip
+"""Whose word endings LanceDB's full-text search can ignore."""
 
 DEFAULT_CANDIDATES = 50
 """How many chunks of the first stage are ranked again by the second."""

@@ -16,6 +16,16 @@ _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+|\s*\n\s*
 _WHITESPACE = re.compile(r"\s+")
 
 
+def check_sizes(chunk_tokens: int, overlap: int) -> None:
+    """Refuse sizes of chunks that contradict each other.
+
+    Raises:
+        UsageError: A chunk has no token, or half of one or more would be the one before.
+    """
+    if chunk_tokens < 1 or not 0 <= overlap <= (chunk_tokens - 1) // 2:
+        raise UsageError(f"chunks of {chunk_tokens} tokens cannot overlap by {overlap}; choose less than half")
+
+
 def split_text(text: str, tokenizer: Any, chunk_tokens: int, overlap: int) -> list[str]:
     """The chunks of a text, in order.
 
@@ -34,8 +44,7 @@ def split_text(text: str, tokenizer: Any, chunk_tokens: int, overlap: int) -> li
     Raises:
         UsageError: The sizes contradict each other.
     """
-    if chunk_tokens < 1 or not 0 <= overlap <= (chunk_tokens - 1) // 2:
-        raise UsageError(f"chunks of {chunk_tokens} tokens cannot overlap by {overlap}; choose less than half")
+    check_sizes(chunk_tokens, overlap)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= chunk_tokens:
         return [text]

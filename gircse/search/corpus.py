@@ -6,6 +6,7 @@ Knows what may be metadata; knows nothing of files (`gircse.embed.reader` does),
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -37,7 +38,7 @@ class DocumentCorpus:
 
     Columns besides text and id are metadata under their own names, characters other than letters, digits and ``_``
     replaced by ``_``; one without a name is ``_``. Values that are no scalars (lists, objects, dates) become text, as
-    JSON where they can.
+    JSON where they can. Numbers that are not finite count as absent.
 
     Args:
         reader: Of a file; a stream can be read only once.
@@ -72,7 +73,9 @@ class DocumentCorpus:
     def _metadata(self, cells: dict[str, Any], line: int) -> dict[str, Scalar]:
         metadata: dict[str, Scalar] = {}
         for column, value in cells.items():
-            if column in self.reader.columns or value is None or value != value:  # NaN differs from itself
+            if column in self.reader.columns or value is None:
+                continue
+            if isinstance(value, float) and not math.isfinite(value):  # Python reads them in JSON, which has none
                 continue
             name = re.sub(r"\W", "_", column) or "_"  # pandas leaves its index column without a name
             if name in metadata:

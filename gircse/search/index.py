@@ -23,7 +23,7 @@ from gircse.errors import GircseError, InputDataError, UsageError
 from gircse.search.chunks import split_text
 from gircse.search.corpus import Document, DocumentCorpus, as_type, wider
 from gircse.search.manifest import IndexSettings, Manifest
-from gircse.search.table import Chunk, ChunkTable, check_metadata_names
+from gircse.search.table import Chunk, ChunkTable, check_metadata_names, files_in_words
 
 _LOOKUP_DOCUMENTS = 512  # whose hashes are looked up at once
 _LOOKUP_CHARACTERS = 1 << 24  # or earlier, where they are long
@@ -122,16 +122,15 @@ def index_corpus(
     Raises:
         UsageError: The index was made with other settings, or the folder holds something else.
         InputDataError: A row of the corpus is unusable; nothing has been written then.
-        GircseError: Another run is at work on the index.
+        GircseError: Another run is at work on the index, or a file of it cannot be read or written.
     """
     started = time.monotonic()
     total, metadata = corpus.scan()
     if not total:
         raise InputDataError(corpus.reader.name, None, "holds no documents; an index of it would be empty")
     check_metadata_names(metadata)
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    check_folder(folder)
+    with files_in_words(folder), _locked(folder):
         table, manifest = _prepared(folder, settings, metadata, overwrite)
         manifest = replace(manifest, exact_below=exact_below or manifest.exact_below)
         job = _Job(model, table, manifest, batch_tokens, total, on_progress)
@@ -181,7 +180,7 @@ class _Job:
         for document in documents:
             self.looked_at += 1
             before, now = known.get(document.id), document.content_hash
-            if before == now:
+            if before is not None and (before == now or before == self._hash_before_widening(document)):
                 self.unchanged += 1
                 continue
             self.added += before is None
@@ -201,6 +200,15 @@ class _Job:
                     self.table.compact()
         if self.on_progress is not None:
             self.on_progress(IndexProgress(self.looked_at, self.total, self.embedded, self.seconds))
+
+    def _hash_before_widening(self, document: Document) -> str:
+        """The content hash while its columns of doubles held whole numbers: a file may have made 1.0 of 1 since."""
+        types = self.manifest.metadata
+        metadata = {
+            name: int(value) if types[name] == "double" and isinstance(value, float) and value.is_integer() else value
+            for name, value in document.metadata.items()
+        }
+        return document._replace(metadata=metadata).content_hash
 
     def _chunks(self, document: Document, content_hash: str) -> Iterator[Chunk]:
         settings, types = self.manifest.settings, self.manifest.metadata
@@ -267,22 +275,28 @@ def _prepared(
             f"{folder} was made with other settings: {', '.join(different)}; "
             "leave those options out, or make the index anew with --overwrite"
         )
+    columns = {**metadata, **manifest.metadata}
     for name, kind in metadata.items():
-        had = manifest.metadata.get(name)
-        if had is not None and wider(had, kind) != had:
+        had = columns[name]
+        columns[name] = wider(had, kind)
+        if columns[name] != had and (had, kind) != ("int64", "double"):
             raise UsageError(
                 f"column {name!r} of {folder} holds {had}, and the corpus now has {kind} in it; "
                 "mend the corpus, or make the index anew with --overwrite"
             )
     table = ChunkTable.open(folder)
-    table.add_columns(metadata)
-    manifest = replace(manifest, metadata={**metadata, **manifest.metadata})
+    table.fit_columns(columns)
+    manifest = replace(manifest, metadata=columns)
     replace(manifest, complete=False).write(folder)
     return table, manifest
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Never write into a folder of other things."""
+def check_folder(folder: Path) -> None:
+    """Never write into a folder of other things.
+
+    Raises:
+        UsageError: There is a file of that name, or the folder holds something else than an index.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -294,8 +308,15 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout as error:
         raise GircseError(f"another gircse index is at work on {folder}; wait for it or stop it") from error
+    except OSError as error:
+        raise GircseError(f"no index can be written to {folder} ({error.strerror}); choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -13,13 +13,25 @@ from typing import TYPE_CHECKING
 
 from gircse._version import __version__
 from gircse.errors import GircseError, UsageError
-from gircse.search import DEFAULT_CHUNK_OVERLAP, DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW
+from gircse.search import DEFAULT_CHUNK_OVERLAP, DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW, TEXT_LANGUAGES
+from gircse.search.chunks import check_sizes
 
 if TYPE_CHECKING:
     from gircse.search.corpus import MetadataType
 
 FORMAT = 1
 _FILE = "manifest.json"
+
+
+def text_language_named(name: str) -> str:
+    """A language as full-text search calls it, whichever letters of the name are capitals.
+
+    Raises:
+        UsageError: Full-text search does not know it.
+    """
+    if name.capitalize() not in TEXT_LANGUAGES:
+        raise UsageError(f"full-text search knows no language {name!r}; choose from {', '.join(TEXT_LANGUAGES)}")
+    return name.capitalize()
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,10 @@ class IndexSettings:
         chunk_overlap: Tokens shared by neighbouring chunks.
         column: Of the text in the corpus.
         id_column: Of the ids; None: ids are row numbers.
-        text_language: Whose word endings full-text search ignores.
+        text_language: Whose word endings full-text search ignores; see `text_language_named`.
+
+    Raises:
+        UsageError: Chunks would overlap by half or more, or full-text search does not know the language.
     """
 
     model: str | None
@@ -49,6 +64,10 @@ class IndexSettings:
     column: str = "text"
     id_column: str | None = None
     text_language: str = "English"
+
+    def __post_init__(self) -> None:
+        check_sizes(self.chunk_tokens, self.chunk_overlap)
+        object.__setattr__(self, "text_language", text_language_named(self.text_language))
 
     def differences(self, other: IndexSettings) -> list[str]:
         """What differs, as ``name (mine, not theirs)``."""
@@ -100,7 +119,11 @@ class Manifest:
             raise GircseError(f"{folder / _FILE} is damaged ({error}); make the index anew with --overwrite") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise GircseError(f"{folder} was made by another version of gircse; make it anew with --overwrite")
-        return cls(**{**values, "settings": IndexSettings(**values["settings"])})
+        try:
+            settings = IndexSettings(**values["settings"])
+        except UsageError as error:
+            raise GircseError(f"{folder}: {error}; make the index anew with --overwrite") from error
+        return cls(**{**values, "settings": settings})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -111,13 +134,21 @@ class Manifest:
         return found
 
     def write(self, folder: Path) -> None:
-        """Replace the file in one step: a kill leaves the old one or the new one."""
+        """Replace the file in one step: a kill leaves the old one or the new one.
+
+        Raises:
+            GircseError: It cannot be written.
+        """
         temporary = folder / f"{_FILE}.new"
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(asdict(self), stream, indent=2, ensure_ascii=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(folder / _FILE)
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                json.dump(asdict(self), stream, indent=2, ensure_ascii=False)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(folder / _FILE)
+        except OSError as error:  # of a full disk it names no file
+            mend = "mend that, and run the same command again"
+            raise GircseError(f"{folder / _FILE} cannot be written: {error.strerror}; {mend}") from error
 
     @staticmethod
     def remove(folder: Path) -> None:

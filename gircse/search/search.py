@@ -18,7 +18,7 @@ from gircse.search import DEFAULT_CANDIDATES, SearchMode
 from gircse.search.index import embed_chunks
 from gircse.search.manifest import IndexSettings, Manifest
 from gircse.search.rerank import embed_query
-from gircse.search.table import ChunkTable
+from gircse.search.table import ChunkTable, files_in_words
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -57,7 +57,7 @@ class SearchIndex:
 
     Raises:
         UsageError: There is no index.
-        GircseError: The model is another one.
+        GircseError: The model is another one, or the index is damaged.
 
     Example:
         >>> index = SearchIndex("wiki.index", GIRCSE())
@@ -67,7 +67,8 @@ class SearchIndex:
     def __init__(self, folder: str | Path, model: GIRCSE | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
-        self.table = ChunkTable.open(self.folder)
+        with files_in_words(self.folder):
+            self.table = ChunkTable.open(self.folder)
         self.model: GIRCSE | None = None
         self._model_fits: IndexSettings | None = None
         if model is not None:
@@ -123,8 +124,8 @@ class SearchIndex:
 
         Raises:
             UsageError: An argument is out of range, `where` is not understood, or K is not that of the index.
-            GircseError: There is no model, the index has been made anew with another one, or ``mode="text"`` is asked
-                of an index that lacks its full-text part yet.
+            GircseError: There is no model, the index has been made anew with another one, ``mode="text"`` is asked of
+                an index that lacks its full-text part yet, or a file of the index cannot be read.
         """
         self.check(query, where, num_steps)
         if top < 1 or candidates < 1:
@@ -139,12 +140,12 @@ class SearchIndex:
             prompt = self._query_prompt(instruction)
             vector = embed_query(self.model, query, prompt, self.manifest.settings.num_steps)
         key = "chunk_id" if chunks else "document_id"
+        depth = top if mode != "hybrid" and rerank_steps is None else max(candidates, top)
+        with files_in_words(self.folder):
+            by = key if rerank_steps is None else "chunk_id"
+            rows = self._candidates(query, vector, mode, depth, where, exact, key=by)
         if rerank_steps is not None:
-            rows = self._candidates(query, vector, mode, max(candidates, top), where, exact, key="chunk_id")
             rows = _best(self._reranked(query, prompt, rows, rerank_steps), key)
-        else:
-            depth = max(candidates, top) if mode == "hybrid" else top
-            rows = self._candidates(query, vector, mode, depth, where, exact, key=key)
         return [self._hit(row) for row in rows[:top]]
 
     def check(self, query: str, where: str | None = None, num_steps: int | None = None) -> None:
@@ -163,7 +164,8 @@ class SearchIndex:
                 f"--rerank-steps {num_steps}, or index the corpus again with --num-steps {num_steps} --overwrite"
             )
         if where is not None:
-            self.table.check_where(where)
+            with files_in_words(self.folder):
+                self.table.check_where(where)
 
     def _query_prompt(self, instruction: str | None) -> str | None:
         assert self.model is not None, "checked by the caller"

@@ -1,13 +1,16 @@
 """The table of an index: a row a chunk with its text, metadata and vector, in LanceDB under INDEX.
 
-Knows LanceDB and SQL; knows nothing of models, corpora or what made the vectors. Every write is one commit of LanceDB:
-after a kill it has happened or it has not.
+Knows LanceDB and SQL; knows nothing of models, corpora or what made the vectors. Every write of rows is one commit of
+LanceDB: after a kill it has happened or it has not.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from gircse.errors import GircseError, MissingExtraError, UsageError
+from gircse.search.condition import in_parentheses, refusal
 
 if TYPE_CHECKING:
     from gircse.search.corpus import MetadataType
@@ -34,6 +38,7 @@ _LANCE_COLUMNS = (
 )
 _SHOWN = ("chunk_id", "document_id", "chunk_number", "text")
 _ARROW_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "string": pa.string()}
+_NARROW = " as int64"  # ends the name of a column that is being widened; no corpus has a name with spaces here
 _IDS_A_FILTER = 500
 _REFINE = 5  # times as many candidates are compared by their whole vectors as are asked for
 _OLD_VERSIONS = timedelta(hours=1)  # what a search that runs meanwhile may still read
@@ -105,7 +110,8 @@ class ChunkTable:
     @property
     def metadata_columns(self) -> list[str]:
         """Names of the columns that are not this package's own."""
-        return [name for name in self._table.schema.names if name not in _OWN_COLUMNS]
+        names = self._table.schema.names
+        return [name for name in names if name not in _OWN_COLUMNS and not name.endswith(_NARROW)]
 
     @property
     def is_approximate(self) -> bool:
@@ -123,8 +129,18 @@ class ChunkTable:
 
     # Writing
 
-    def add_columns(self, metadata: Mapping[str, MetadataType]) -> None:
-        """New metadata columns, null everywhere; those that are there already are left alone."""
+    def fit_columns(self, metadata: Mapping[str, MetadataType]) -> None:
+        """New metadata columns, null everywhere, and whole numbers made doubles where that is their type now."""
+        schema = self._table.schema
+        for name, kind in metadata.items():
+            if kind == "double" and name in schema.names and schema.field(name).type == pa.int64():
+                self._table.alter_columns({"path": name, "rename": name + _NARROW})
+        # LanceDB does not cast a column in place. A kill between these commits leaves the old one for the next run.
+        for old in [name for name in self._table.schema.names if name.endswith(_NARROW)]:
+            name = old.removesuffix(_NARROW)
+            if name not in self._table.schema.names:
+                self._table.add_columns({name: f"cast(`{old}` as double)"})
+            self._table.drop_columns([old])
         present = set(self._table.schema.names)
         new = [pa.field(name, _ARROW_TYPES[kind]) for name, kind in metadata.items() if name not in present]
         if new:
@@ -161,12 +177,7 @@ class ChunkTable:
         if count and not self.has_text_index:
             # The ICU tokenizer drops stop words of all languages at once, such as "sea" and "cats"; BM25 needs none.
             words = FTS(base_tokenizer="icu", language=text_language, remove_stop_words=False)
-            try:
-                self._table.create_index("text", config=words)
-            except ValueError as error:
-                if "language" not in str(error):
-                    raise
-                raise UsageError(f"full-text search knows no language {text_language!r}; try English") from error
+            self._table.create_index("text", config=words)
         if count >= max(exact_below, 1) and not self.is_approximate:
             self._table.create_index("vector", config=HnswSq(distance_type="cosine"))
         if count < exact_below and self.is_approximate:
@@ -205,7 +216,7 @@ class ChunkTable:
         """The nearest chunks, nearest first, with ``similarity``: the cosine to the vector, (d,).
 
         A row has the columns that are this package's own, but for the vector, and a document's ``metadata`` as a
-        dictionary without nulls.
+        dictionary without nulls and numbers that are not finite.
         """
         query = self._table.search(vector, vector_column_name="vector").distance_type("cosine").limit(limit)
         query = query.bypass_vector_index() if exact else query.refine_factor(_REFINE)
@@ -251,12 +262,13 @@ class ChunkTable:
     def _ask(self, query: Any, where: str | None) -> list[dict[str, Any]]:
         if where is None:
             return query.to_list()
+        condition = in_parentheses(where)
         try:
-            return query.where(where, prefilter=True).to_list()
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).removeprefix("Invalid input, ").split(", /")[0].split(". Valid fields")[0]
-            known = ", ".join(self.metadata_columns) or "none"
-            raise UsageError(f"--where {where!r}: {' '.join(reason.split())}; metadata columns: {known}") from error
+            return query.where(condition, prefilter=True).to_list()
+        except Exception as error:  # LanceDB raises several, one of them for what it has not implemented
+            if _reason_in_files(error) is not None:
+                raise
+            raise refusal(where, error, self.metadata_columns) from error
 
     def _scan(self, columns: list[str], where: str | None) -> list[dict[str, Any]]:
         query = self._table.search().select(columns).limit(None)
@@ -264,6 +276,33 @@ class ChunkTable:
 
     def _indexed_columns(self) -> set[str]:
         return {column for index in self._table.list_indices() for column in index.columns}
+
+
+@contextmanager
+def files_in_words(folder: Path) -> Iterator[None]:
+    """Tell of a file of the index that LanceDB cannot read or write as of any other failure: in a line.
+
+    Raises:
+        GircseError: There was such a file; every other exception passes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _reason_in_files(error)
+        if reason is None:
+            raise
+        by_system = re.fullmatch(r".*?([^:(]+) \(os error \d+\)", reason)
+        if by_system:  # no space, no permission and the like; what is committed is not harmed
+            mend = "mend that, and run the same command again"
+            raise GircseError(f"{folder} cannot be read or written: {by_system[1].strip()}; {mend}") from error
+        mend = "make the index anew with gircse index --overwrite"
+        raise GircseError(f"{folder} is damaged ({reason}); {mend}") from error
+
+
+def _reason_in_files(error: Exception) -> str | None:
+    """What LanceDB says of a file, without the place in its source; None where the error is of another kind."""
+    found = re.search(r"lance error: (?:LanceError\(IO\): |(?=Not found))(.*?)(?:, /\S*)?$", str(error), re.DOTALL)
+    return " ".join(found[1].split()) if found and isinstance(error, RuntimeError) else None
 
 
 def check_metadata_names(names: Iterable[str]) -> None:
@@ -289,6 +328,8 @@ def _connect(folder: Path) -> Any:
 def _shown(row: Mapping[str, Any], metadata: Sequence[str]) -> dict[str, Any]:
     """A row with its metadata apart: their names are the corpus's, and may be those of what a search adds."""
     found = {name: row[name] for name in metadata if row[name] is not None}
+    # Indices made before corpora were read without them may hold infinite numbers, which JSON does not know.
+    found = {name: value for name, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
     return {**{name: row[name] for name in _SHOWN}, "metadata": found}
 
 

@@ -37,24 +37,46 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(service: Service, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what is queued.
-
-    Args:
-        service: What answers.
-        announce: Told the address once the port is bound.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, which refuses connections until `run` listens there.
 
     Raises:
         GircseError: The port is taken, or the address is none of this machine's.
     """
-    settings = service.settings
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        if os.name == "posix":  # the port of a server that has just ended; elsewhere it would share one that runs
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((host, port))
     except OSError as error:
-        raise GircseError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --host or --port"
-        ) from error
+        listener.close()
+        raise _cannot_listen(host, port, error) from error
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> GircseError:
+    return GircseError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port")
+
+
+def run(service: Service, listener: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what is queued.
+
+    Args:
+        service: What answers.
+        listener: As `bind` gives it.
+        announce: Told the address once connections are taken.
+
+    Raises:
+        GircseError: Another process listens there since.
+    """
+    settings = service.settings
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(2048)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
@@ -67,7 +89,6 @@ def run(service: Service, announce: Callable[[str], None]) -> None:
     server = _Server(config)
 
     server.on_stop = service.begin_stop
-    host, port = listener.getsockname()[:2]
     announce(f"http://{'[' + host + ']' if ':' in host else host}:{port}")
     server.run(sockets=[listener])
     if service.engine.running:

@@ -84,6 +84,17 @@ class ServeSettings:
             )
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             raise UsageError("--api-key must be ASCII and not empty")
+        if self.num_steps is not None:
+            self.check_steps(self.num_steps)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse a K of requests that name none which no request could name.
+
+        Raises:
+            UsageError: It is above the largest.
+        """
+        if num_steps > self.max_num_steps:
+            raise UsageError(f"K = {num_steps} is above --max-num-steps ({self.max_num_steps}); raise the latter")
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,7 @@ def fit_to_model(settings: ServeSettings, model: GIRCSE, default_name: str) -> M
     """
     max_tokens = settings.max_tokens or model.max_seq_length or 512
     num_steps = model.num_steps if settings.num_steps is None else settings.num_steps
-    if num_steps > settings.max_num_steps:
-        raise UsageError(f"K = {num_steps} is above --max-num-steps ({settings.max_num_steps}); raise the latter")
+    settings.check_steps(num_steps)
     model.encoder.refinement.check_steps(num_steps)
     positions = model.encoder.decoder.max_positions
     if max_tokens + settings.max_num_steps > positions:
