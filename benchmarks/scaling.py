@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py
 
-Nothing here runs on a GPU: their hours follow from the card's published matrix rate, an assumed share of it, and what one
-H100's host kept it busy with (encode_speed_h100.json).
+Nothing here runs on a GPU: their hours follow from the card's published matrix rate, an assumed share of it, and what
+one H100's host kept it busy with (encode_speed_h100.json).
 """
 
 from __future__ import annotations
