@@ -1,10 +1,12 @@
-"""Attention as this project's models compute it: transformers' ``sdpa`` with three changes.
+"""Attention as this project's models compute it: transformers' ``sdpa`` with a few changes.
 
 Knows transformers' attention functions; knows nothing of models or texts. On a CPU keys and values that several heads
 share are not copied for each of them: PyTorch's attention needs no copies there. And PyTorch computes attention of
 bfloat16 by small products that only AMX makes fast: without it, forward takes twice and backward five times as long as
-in float32, so it is computed in float32 there. On a GPU padding sees something: of rows that see nothing cuDNN's
-backward pass makes gradients that are no numbers where a prompt has 64 tokens (pytorch/pytorch#196678).
+in float32, so it is computed in float32 there. But for soft tokens: of a single query, the heads that share keys are
+taken for so many queries of one head, which reads the keys once and needs half the cache. On a GPU padding sees
+something: of rows that see nothing cuDNN's backward pass makes gradients that are no numbers where a prompt has 64
+tokens (pytorch/pytorch#196678).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def use_fastest_attention(backbone: PreTrainedModel) -> None:
 
 
 def attention_dtype(transformer: nn.Module, states: Tensor) -> torch.dtype:
-    """The dtype that keys and values are best kept in.
+    """The dtype that keys and values are best kept in for the steps to come.
 
     Args:
         transformer: Whose attention reads them.
@@ -38,7 +40,10 @@ def attention_dtype(transformer: nn.Module, states: Tensor) -> torch.dtype:
     """
     implementation = getattr(transformer.config, "_attn_implementation", None)
     wide = implementation == ATTENTION and _is_faster_in_float32(states, transformer)
-    return torch.float32 if wide else states.dtype
+    config: Any = transformer.config
+    heads = config.get_text_config().num_attention_heads
+    shared = heads != (getattr(config.get_text_config(), "num_key_value_heads", None) or heads)
+    return torch.float32 if wide and not (shared and _takes_heads_for_queries(states, transformer)) else states.dtype
 
 
 def sdpa_float32_on_cpu(
@@ -57,8 +62,12 @@ def sdpa_float32_on_cpu(
     Returns:
         (B, N, heads, d_head) in the dtype of the query, and None for the weights.
     """
-    shared = _are_shared_by_heads(query, key, attention_mask, options)
-    compute = _sdpa_of_shared_heads if shared else sdpa_attention_forward
+    shared = _are_shared_by_heads(query, key, options)
+    if shared and _is_single(query, key, attention_mask, options) and _takes_heads_for_queries(query, module):
+        return _sdpa_of_a_single_query(query, key, value, attention_mask, options.get("scaling")), None
+    # transformers copies nothing where there is no mask or a single query.
+    without_copies = shared and query.shape[2] > 1 and attention_mask is not None
+    compute = _sdpa_of_shared_heads if without_copies else sdpa_attention_forward
     if not _is_faster_in_float32(query, module):
         return compute(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
@@ -67,20 +76,42 @@ def sdpa_float32_on_cpu(
     return out.to(query.dtype), weights
 
 
-def _are_shared_by_heads(query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether transformers would copy keys and values for every head of a CPU's queries, and nothing else is asked for.
+def _are_shared_by_heads(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
+    """Whether several heads of a CPU's queries share keys, and nothing is asked for that is not PyTorch's own.
 
-    It does not where there is no mask or a single query; its reason, that masked attention of shared heads falls back
-    to a slow path, is one of GPUs and of older versions of PyTorch: 2.6 takes three times as long.
+    transformers copies keys for each head, as masked attention of shared heads falls back to a slow path on GPUs and in
+    older versions of PyTorch: 2.6 takes three times as long.
     """
     return (
         is_torch_greater_or_equal("2.13", accept_dev=True)
         and query.device.type == "cpu"
         and query.shape[1] != key.shape[1]
-        and query.shape[2] > 1
-        and attention_mask is not None
         and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
     )
+
+
+def _is_single(query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether there is one query a head, all in one dtype, and a mask, if any, that is the same for all heads."""
+    masked = attention_mask is not None
+    one_mask = not masked or (attention_mask.shape[1] == 1 and attention_mask.dtype in (torch.bool, query.dtype))
+    return query.shape[2] == 1 and query.dtype == key.dtype and one_mask and options.get("is_causal") is not True
+
+
+def _takes_heads_for_queries(states: Tensor, module: nn.Module) -> bool:
+    """Whether single queries of shared heads are computed in bfloat16, and so: at inference, float32 gains nothing."""
+    inference = not (module.training or torch.is_grad_enabled())
+    recent = is_torch_greater_or_equal("2.13", accept_dev=True)
+    return inference and recent and states.dtype == torch.bfloat16 and states.device.type == "cpu"
+
+
+def _sdpa_of_a_single_query(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """(B, 1, heads, d_head), from a query of (B, heads, 1, d_head) and a mask that is the same for all heads."""
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, key-value heads, heads that share one, d_head)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, -1)
 
 
 def _sdpa_of_shared_heads(
