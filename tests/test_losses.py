@@ -173,7 +173,7 @@ def test_every_step_is_trained(model: GIRCSE) -> None:
     loss(batch).backward()
     parameter = model.encoder.backbone.model.layers[0].self_attn.v_proj.weight  # type: ignore[union-attr]
     assert parameter.grad is not None
-    direction = torch.randn_like(parameter, generator=None) / parameter.numel() ** 0.5
+    direction = torch.randn_like(parameter) / parameter.numel() ** 0.5
     slope, step = float((parameter.grad * direction).sum()), 1e-2
     with torch.no_grad():
         values = []
