@@ -125,6 +125,9 @@ def _show_unfolded(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: s
     with _changing:
         for name, layer in backbone.named_modules():
             if isinstance(layer, LoraLayer) and layer.merged:
+                if (original := vars(layer).get(_ORIGINAL)) is not None:
+                    state_dict[f"{prefix}{name}.base_layer.weight"] = original.to(_weight(layer))
+                    continue
                 apart = copy.deepcopy(layer)
                 _unfold(apart)
                 for key, parameter in apart.get_base_layer().named_parameters():
@@ -145,7 +148,9 @@ def save_adapter(backbone: PreTrainedModel, folder: str | Path, base: str) -> No
     """
     for config in backbone.peft_config.values():
         config.base_model_name_or_path = None  # of a named one peft asks the hub at every save
-    backbone.save_pretrained(folder)
+    # Without the weights under it, which would be unfolded for nothing.
+    own = {name: weight for name, weight in backbone.named_parameters() if ".base_layer." not in name}
+    backbone.save_pretrained(folder, state_dict=own)
     path = Path(folder) / "adapter_config.json"
     facts = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base}
     path.write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")

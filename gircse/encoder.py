@@ -121,7 +121,7 @@ class GenerativeEncoder(InputModule):
         self.reference = reference
         self.refinement = config
         self.training_facts = training or {}
-        self._finetuned_whole = False
+        self._finetuned_whole = self._changed_whole = False
         self.quantized: str | None = None
         self.checksum_before_freezing: str | None = None
         self._parameters_before_freezing: int | None = None
@@ -179,7 +179,7 @@ class GenerativeEncoder(InputModule):
         Raises:
             UsageError: The weights under them have been trained: the adapter alone would be saved.
         """
-        if self.weights == "full":
+        if self._changed_whole:
             raise UsageError(
                 "these weights were fine-tuned whole, and an adapter is saved without the weights under it; "
                 "train them further without LoRA"
@@ -240,8 +240,9 @@ class GenerativeEncoder(InputModule):
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
         if not self.has_adapter:
-            if self.training:
+            if torch.is_grad_enabled():
                 self._notice_full_finetuning()
+                self._changed_whole = self._changed_whole or self._finetuned_whole
             return
         layers = lora_layers(self.backbone)
         if self.fold_adapter and not self.training and can_fold(self.backbone, layers) and self._has_room(layers):
@@ -432,7 +433,9 @@ class GenerativeEncoder(InputModule):
             if backbone.dtype != torch.float32:
                 widen(backbone, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(backbone, tokenizer, checkpoint.backbone, checkpoint.refinement, checkpoint.training)
+        made = cls(backbone, tokenizer, checkpoint.backbone, checkpoint.refinement, checkpoint.training)
+        made._changed_whole = checkpoint.weights == "full"
+        return made
 
 
 def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:

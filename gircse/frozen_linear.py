@@ -123,13 +123,13 @@ def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], FrozenLin
 
 
 def _folded(module: nn.Module, tables: set[int]) -> nn.Module:
-    """The layer under a LoRA layer, with BA added; weights at the addresses of `tables` stay as they are."""
+    """The layer under a LoRA layer, with BA added; weights that others read, `tables` among them, stay as they are."""
     if not isinstance(module, LoraLayer):
         return module
     layer = module.get_base_layer()
     if not module.merged:
         for name, parameter in layer.named_parameters(recurse=False):
-            shared = parameter.data_ptr() in tables
+            shared = parameter.data_ptr() in tables or parameter.is_shared()  # with other processes
             # In float32: rounded once, after the sum.
             setattr(layer, name, nn.Parameter(parameter.to(torch.float32, copy=shared), requires_grad=False))
         module.merge()

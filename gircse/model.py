@@ -266,8 +266,8 @@ class GIRCSE(SentenceTransformer):
         steps = self.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise UsageError(f"encode_steps needs num_steps of 1 or more, not {steps}")
-        single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else inputs
+        single = is_single(inputs)
+        texts = cast("Sequence[str]", [inputs] if single else inputs)
         tokenized = self.tokenize_texts(texts, self._prompt_for(instruction, prompt, prompt_name))
         result = self._run_batches(
             tokenized, steps, batch_tokens, feature="step_embeddings", show_progress_bar=show_progress_bar

@@ -23,11 +23,11 @@ def as_texts(inputs: Iterable[Any]) -> list[str]:
         The strings.
 
     Raises:
-        UsageError: It is one string, of which each character would be a text; or an item is something else: a missing
+        UsageError: It is one text, of which each character would be another; or an item is something else: a missing
             value would be embedded as the word None.
     """
-    if isinstance(inputs, str):
-        raise UsageError("a list of texts is wanted, not one string; put it into a list")
+    if isinstance(inputs, bytes) or is_single(inputs):
+        raise UsageError("a list of texts is wanted, not one text; put it into a list")
     return [_as_text(item, index) for index, item in enumerate(inputs)]
 
 

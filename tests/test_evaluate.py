@@ -358,13 +358,19 @@ class _Encoded(_Given):
         return self.model.similarity_pairwise(a, b)
 
 
-def test_vectors_cut_short_are_scored_so(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_cut_short_are_scored_so(
+    model: GIRCSE, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = score(GenerativeSource(model, [2], "test/tiny", "0"), data, tmp_path, "STSBenchmark")
     monkeypatch.setattr(model, "truncate_dim", 8)
     source = GenerativeSource(model, [0, 2], "test/tiny", "0")
     vectors, _, _ = source.embed(["rain", "bread and more"], "")
     expected = model.encode(["rain", "bread and more"], num_steps=2, normalize_embeddings=True)
     assert vectors.shape == (2, 2, model_meta(source, 2, {}).embed_dim)
     assert np.allclose(vectors[:, 1], expected, atol=1e-5)
+    _, cut = score(GenerativeSource(model, [2], "test/tiny", "0"), data, tmp_path, "STSBenchmark")
+    assert cut.all[0].facts["fingerprint"]["truncate_dim"] == 8
+    assert cut.all[0].score != whole.all[0].score, "scores of whole vectors are not taken for theirs"
 
 
 def test_any_sentence_transformer_is_scored_as_it_encodes(model: GIRCSE, data: Path, tmp_path: Path) -> None:

@@ -409,12 +409,16 @@ def test_weights_that_were_trained_whole_are_saved_when_frozen(backbone: Path, t
     assert loaded.encoder.weights == "full"
     with pytest.raises(UsageError, match="fine-tuned whole"):
         loaded.encoder.add_lora(lora())
+    fresh = GIRCSE.from_backbone(str(backbone), num_steps=2, full_finetune=True, device="cpu")
+    fresh.encoder.add_lora(lora())
+    assert fresh.encoder.weights == "adapter", "what was never trained is its backbone's"
 
 
-def test_weights_that_were_unfrozen_for_a_while_are_saved(backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_were_unfrozen_for_a_while_are_saved(backbone: Path, tmp_path: Path, training: bool) -> None:
     model = GIRCSE.from_backbone(str(backbone), num_steps=2, device="cpu")
     assert model.encoder.weights == "backbone"
-    model.requires_grad_(True).train()
+    model.requires_grad_(True).train(training)
     model(model.encoder.preprocess(TEXTS))["sentence_embedding"].sum().backward()
     model.requires_grad_(False)
     model.save_pretrained(str(tmp_path))

@@ -111,6 +111,15 @@ def test_an_adapter_over_a_tied_head_leaves_the_embeddings(backbone: Path) -> No
     assert distance(model.encode(TEXTS), vectors) < 1e-5
 
 
+def test_weights_that_other_processes_share_stay_as_they_are(backbone: Path) -> None:
+    model = untrained(backbone).share_memory()
+    shared = [layer.get_base_layer().weight.data for layer in lora_layers(model.encoder.backbone)]
+    before = [weight.clone() for weight in shared]
+    model.pack_weights()
+    for weight, kept in zip(shared, before, strict=True):
+        torch.testing.assert_close(weight, kept, rtol=0, atol=0)
+
+
 def test_another_dtype_after_packing_is_refused(backbone: Path) -> None:
     model = untrained(backbone).pack_weights()
     with pytest.raises(UsageError, match="packed weights stay float32 and were given bfloat16; load the model again"):

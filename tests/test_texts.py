@@ -29,6 +29,7 @@ def test_a_text_with_its_name_is_that_text(model: GIRCSE) -> None:
     expected = model.encode("one")
     np.testing.assert_array_equal(model.encode({"text": "one"}), expected)
     np.testing.assert_array_equal(model.encode([{"text": "one"}])[0], expected)
+    np.testing.assert_array_equal(model.encode_steps({"text": "one"})[-1], expected)
     assert expected.shape == (32,)
 
 
@@ -50,10 +51,11 @@ def test_a_column_with_a_gap_is_refused(model: GIRCSE) -> None:
         model.encode(pd.Series([*TEXTS, None]))
 
 
-def test_one_string_is_no_list_of_characters(model: GIRCSE) -> None:
+@pytest.mark.parametrize("one", ["hello", {"text": "hello"}, b"hello", None])
+def test_one_text_is_no_list_of_characters_or_keys(model: GIRCSE, one: Any) -> None:
     for call in (as_texts, model.tokenize_texts, model.encode_states):
-        with pytest.raises(UsageError, match="not one string"):
-            call("hello")
+        with pytest.raises(UsageError, match="not one text"):
+            call(one)
 
 
 def test_threads_that_cut_texts_do_not_disturb_each_other(model: GIRCSE) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gircse.errors import GircseError, UsageError
+from gircse.train.facts import check_facts, note_facts, training_facts
 from gircse.train.recipe import load_recipe
 from gircse.train.run import train
 from tests.training_recipe import values, write, write_rows
@@ -70,6 +71,18 @@ def test_what_changes_nothing_that_is_learned_may_change(tmp_path: Path, content
     (tmp_path / "data").rename(tmp_path / "moved")
     content["data"]["folder"] = str(tmp_path / "moved")
     assert resume(tmp_path, content) == [4, 6]
+
+
+def test_models_may_move_and_trackers_change(tmp_path: Path, content: dict[str, Any]) -> None:
+    def facts(checksum: str, **changes: Any) -> dict[str, Any]:
+        made = training_facts(load_recipe(write(tmp_path, content | changes)))
+        return made | {"backbone_sha256": checksum, "start": {"vectors_sha256": "start"}}
+
+    note_facts(facts("one", start_from="here", training=content["training"] | {"trackers": None}), tmp_path / "kept")
+    moved = {"backbone": "elsewhere", "start_from": "there"}
+    check_facts(facts("one", **moved, training=content["training"] | {"trackers": ["tensorboard"]}), tmp_path / "kept")
+    with pytest.raises(UsageError, match="the checksum of backbone was one and is another"):
+        check_facts(facts("another"), tmp_path / "kept")
 
 
 def test_a_recipe_of_an_earlier_version_has_the_keys_that_came_since(tmp_path: Path, content: dict[str, Any]) -> None:

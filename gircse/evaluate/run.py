@@ -203,6 +203,8 @@ def _run_task(
     similarity = metas[source.steps[0]].similarity_fn_name
     if similarity is not ScoringFunction.COSINE:  # so results by cosine, which never said so, stay valid
         fingerprint["similarity"] = similarity
+    if (width := getattr(source, "model").truncate_dim) is not None:  # noqa: B009
+        fingerprint["truncate_dim"] = width
     if variant.perturbation is not None:
         fingerprint["seed"] = settings.seed
     done: dict[int | None, float] = {}

@@ -38,7 +38,7 @@ _LANCE_COLUMNS = (
 )
 _SHOWN = ("chunk_id", "document_id", "chunk_number", "text")
 _ARROW_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "string": pa.string()}
-_NARROW = " as int64"  # ends the name of a column that is being widened; no corpus has a name with spaces here
+_WIDE = " as double"  # ends the name of a column that will take another's place; no corpus has one with spaces here
 _IDS_A_FILTER = 500
 _REFINE = 5  # times as many candidates are compared by their whole vectors as are asked for
 _OLD_VERSIONS = timedelta(hours=1)  # what a search that runs meanwhile may still read
@@ -111,7 +111,7 @@ class ChunkTable:
     def metadata_columns(self) -> list[str]:
         """Names of the columns that are not this package's own."""
         names = self._table.schema.names
-        return [name for name in names if name not in _OWN_COLUMNS and not name.endswith(_NARROW)]
+        return [name for name in names if name not in _OWN_COLUMNS and not name.endswith(_WIDE)]
 
     @property
     def is_approximate(self) -> bool:
@@ -131,20 +131,25 @@ class ChunkTable:
 
     def fit_columns(self, metadata: Mapping[str, MetadataType]) -> None:
         """New metadata columns, null everywhere, and whole numbers made doubles where that is their type now."""
+        for wide in [name for name in self._table.schema.names if name.endswith(_WIDE)]:  # a kill has left it
+            self._take_place(wide)
         schema = self._table.schema
         for name, kind in metadata.items():
             if kind == "double" and name in schema.names and schema.field(name).type == pa.int64():
-                self._table.alter_columns({"path": name, "rename": name + _NARROW})
-        # LanceDB does not cast a column in place. A kill between these commits leaves the old one for the next run.
-        for old in [name for name in self._table.schema.names if name.endswith(_NARROW)]:
-            name = old.removesuffix(_NARROW)
-            if name not in self._table.schema.names:
-                self._table.add_columns({name: f"cast(`{old}` as double)"})
-            self._table.drop_columns([old])
+                # LanceDB does not cast a column in place. Meanwhile searches have the old one.
+                self._table.add_columns({name + _WIDE: f"cast(`{name}` as double)"})
+                self._take_place(name + _WIDE)
         present = set(self._table.schema.names)
         new = [pa.field(name, _ARROW_TYPES[kind]) for name, kind in metadata.items() if name not in present]
         if new:
             self._table.add_columns(pa.schema(new))
+
+    def _take_place(self, wide: str) -> None:
+        """Let a column have the name, and the place, of the one that it was made from."""
+        name = wide.removesuffix(_WIDE)
+        if name in self._table.schema.names:
+            self._table.drop_columns([name])
+        self._table.alter_columns({"path": wide, "rename": name})
 
     def add(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
         """Chunks of documents that the table does not hold; `vectors` is (n, d) float32."""

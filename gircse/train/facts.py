@@ -46,7 +46,7 @@ def training_facts(recipe: Recipe) -> dict[str, Any]:
     return {
         "gircse": __version__,
         "recipe": values,
-        "data_sha256": {path.name: _sha256(path) for path in sorted(files)},
+        "data_sha256": {path.relative_to(recipe.data.folder).as_posix(): _sha256(path) for path in sorted(files)},
     }
 
 
@@ -68,7 +68,7 @@ def start_facts(place: str, model: GIRCSE) -> dict[str, Any]:
 
 
 def note_facts(facts: dict[str, Any], checkpoints: Path) -> None:
-    """Keep what a run is begun with."""
+    """Keep what a run is begun with: its facts, and the checksum of its backbone as ``backbone_sha256``."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     partial = checkpoints / f"{BEGUN}.partial"
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -106,12 +106,19 @@ def check_facts(facts: dict[str, Any], checkpoints: Path) -> None:
 
 
 def _compared(facts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """What must stay, by dotted keys."""
-    values = {key: value for key, value in _flat(recipe).items() if key not in _FREE and not key.endswith(".licence")}
-    values |= {f"the checksum of {name}": sha256[:12] for name, sha256 in facts["data_sha256"].items()}
+    """What must stay, by dotted keys; of models not where they lie, but what they are."""
+    checksums = dict(facts["data_sha256"])
+    if "backbone_sha256" in facts:
+        checksums["backbone"] = facts["backbone_sha256"]
     if "start" in facts:
-        values["the checksum of start_from"] = facts["start"]["vectors_sha256"][:12]
-    return values
+        checksums["start_from"] = facts["start"]["vectors_sha256"]
+    free = {*_FREE, *({"backbone", "start_from"} & checksums.keys())}
+    values = {key: value for key, value in _flat(recipe).items() if not _is_free(key, free)}
+    return values | {f"the checksum of {name}": sha256[:12] for name, sha256 in checksums.items()}
+
+
+def _is_free(key: str, free: set[str]) -> bool:
+    return key.endswith(".licence") or any(key == name or key.startswith(f"{name}.") for name in free)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

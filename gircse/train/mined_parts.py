@@ -6,6 +6,7 @@ Knows a file of JSON lines; knows nothing of how negatives are found.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class MinedParts:
                     "and without --resume"
                 )
             self.mined = {entry["task"]: entry["negatives"] for entry in entries[1:]}
-        # Written anew, so that nothing is appended to a line that was cut off.
-        self.path.write_text("".join(map(_line, entries or [made_of])), encoding="utf-8")
+        # Written anew, so that nothing is appended to a line that was cut off; whole or not at all.
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        fresh.write_text("".join(map(_line, entries or [made_of])), encoding="utf-8")
+        os.replace(fresh, self.path)
 
     def _read(self) -> list[dict[str, Any]]:
         lines = self.path.read_bytes().splitlines(keepends=True)

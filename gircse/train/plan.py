@@ -149,6 +149,10 @@ def _find_start(recipe: Recipe, place: str) -> None:
     found = saved_model(place)
     if found is not None and not _is_there(found):
         raise GircseError(f"{place} is no saved model, in a folder or on the hub; train it first, or correct the name")
+    try:
+        resolve_backbone(recipe.backbone)
+    except GircseError:
+        return  # which is told of as the backbone's
     check_saved_model(recipe, place)
 
 

@@ -91,8 +91,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     evaluator = make_evaluator(recipe)  # first of all: what it lacks should not come to light after hours
     model = make_model(recipe)  # before the teacher reads all texts for minutes: a wrong start_from is told at once
     facts = model.encoder.training_facts | training_facts(recipe)
+    begun_with = facts | {"backbone_sha256": model.encoder.reference.sha256}
     if last is not None:
-        check_facts(facts, checkpoints)
+        check_facts(begun_with, checkpoints)
     teacher = None
     if (name := recipe.loss.teacher) is not None:
         teacher = keep_vectors(load_teacher(name), name, checkpoints / "teacher")
@@ -103,7 +104,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     trainer = _make_trainer(recipe, model, data, checkpoints, evaluator, report)
     model.model_card_data.train_datasets = []  # the card has the recipe's sources
     if last is None and trainer.is_world_process_zero():  # by now all processes have seen that the folder was empty
-        note_facts(facts, checkpoints)
+        note_facts(begun_with, checkpoints)
     try:
         with fused_lora(model, model.encoder.packed_weights):
             trainer.train(resume_from_checkpoint=last if resume else None)

@@ -53,11 +53,14 @@ def check_saved_model(recipe: Recipe, start_from: str) -> None:
         if Path(place).is_dir():
             raise GircseError(f"{start_from} is no saved GIRCSE model: it has no gircse_config.json")
         return
-    checkpoint = Checkpoint.from_dict(json.loads(Path(config).read_text(encoding="utf-8")), start_from)
-    sizes = []
-    if checkpoint.weights == "adapter" and adapter is not None:
-        values = json.loads(Path(adapter).read_text(encoding="utf-8"))
-        sizes = [(values["r"], values["lora_alpha"], values["lora_dropout"])]
+    try:
+        checkpoint = Checkpoint.from_dict(json.loads(Path(config).read_text(encoding="utf-8")), start_from)
+        sizes = []
+        if checkpoint.weights == "adapter" and adapter is not None:
+            values = json.loads(Path(adapter).read_text(encoding="utf-8"))
+            sizes = [(values["r"], values["lora_alpha"], values["lora_dropout"])]
+    except (ValueError, KeyError) as error:
+        raise GircseError(f"{start_from} is damaged ({error}); save it anew, or start from another model") from error
     check_fit(recipe, start_from, checkpoint.backbone, sizes)
 
 
