@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -235,7 +235,7 @@ class GIRCSE(SentenceTransformer):
 
     def encode_steps(
         self,
-        inputs: str | Sequence[str],
+        inputs: str | dict[str, str] | Iterable[str],
         *,
         num_steps: int | None = None,
         prompt: str | None = None,
