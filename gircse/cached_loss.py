@@ -52,6 +52,7 @@ class CachedICRLoss(CachedLossMixin, ICRLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch; its ``backward`` embeds the micro-batches again. Arguments as in `ICRLoss.forward`."""
+        self._check_trainable()
         columns, self._answers = self._split_answers(sentence_features)
         self._allowed, self._teacher = self.allowed_candidates(columns, labels), self.teacher_scores(labels)
         # One joined column: a micro-batch may hold anchors and passages, and shares their decode.

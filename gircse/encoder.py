@@ -188,6 +188,19 @@ class GenerativeEncoder(InputModule):
         self.backbone.add_adapter(config)
         widen(self.backbone)
 
+    def unfreeze(self) -> None:
+        """Let what is this model's own be trained further: its adapter, or all weights of a model without one.
+
+        A loaded model is frozen, as is one that was made with neither an adapter nor ``full_finetune``.
+
+        Raises:
+            UsageError: The weights are quantised or packed.
+        """
+        if self.frozen:
+            raise UsageError("packed and 8-bit weights cannot be trained; load the model again")
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(not self.has_adapter or "lora_" in name)
+
     @property
     def weights_dtype(self) -> str:
         """What products are computed in: ``float32``, ``bfloat16`` ..., or ``int8``."""

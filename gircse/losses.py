@@ -179,12 +179,24 @@ class ICRLoss(nn.Module):
 
         Returns:
             A scalar.
+
+        Raises:
+            UsageError: The model is in training and nothing of it is trainable.
         """
+        self._check_trainable()
         columns, answers = self._split_answers(sentence_features)
         allowed = self.allowed_candidates(columns, labels)
         # All columns in one pass: the soft tokens of queries and passages are written together.
         written = self._write(join_columns(columns))
         return self._combine(written, allowed, self.teacher_scores(labels), answers)
+
+    def _check_trainable(self) -> None:
+        wanted = self.model.training and torch.is_grad_enabled()
+        if wanted and not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UsageError(
+                "nothing of this model is trainable: call model.encoder.unfreeze(), or make it with "
+                "GIRCSE.from_backbone(..., lora=...) or full_finetune=True"
+            )
 
     def _split_answers(
         self, sentence_features: Iterable[dict[str, Tensor]]

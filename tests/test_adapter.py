@@ -20,6 +20,9 @@ from safetensors.torch import load_file, save_file
 from gircse import GIRCSE
 from gircse import encoder as encoder_module
 from gircse.adapter import adapter_off, lora_layers
+from gircse.cached_loss import CachedICRLoss
+from gircse.errors import UsageError
+from gircse.losses import ICRLoss
 from gircse.train.fused_lora import fused_lora
 
 TEXTS = ["a cat", "a much longer text about dogs and cats", "x"]
@@ -308,3 +311,19 @@ def test_a_shipped_adapter_is_half_the_size_and_the_same_model(adapted: GIRCSE, 
     save_file({key: tensor * 1e9 for key, tensor in weights.items()}, trained)
     with pytest.raises(ValueError, match="not finite in float16"):
         ship(tmp_path / "trained", tmp_path / "again")
+
+
+def test_a_loaded_model_is_trained_once_it_is_unfrozen(adapted: GIRCSE) -> None:
+    adapted.encode(TEXTS)  # folded, as whoever looks at a model before training it has it
+    loss, columns = ICRLoss(adapted.train()), [adapted.encoder.preprocess(TEXTS)] * 2
+    for each in (loss, CachedICRLoss(adapted, mini_batch_size=2)):
+        with pytest.raises(UsageError, match=r"nothing of this model is trainable: call model.encoder.unfreeze\(\)"):
+            each(columns)
+    adapted.encoder.unfreeze()
+    loss(columns).backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    adapted.encoder.checksum_before_freezing = "packed"
+    with pytest.raises(UsageError, match="cannot be trained"):
+        adapted.encoder.unfreeze()

@@ -95,7 +95,7 @@ def test_cached_gradients_equal_plain_ones_with_answers(model: GIRCSE, mini_batc
 
 def test_an_answer_is_no_column_to_contrast_with(model: GIRCSE) -> None:
     with pytest.raises(UsageError, match="needs an anchor and a positive"):
-        ICRLoss(model, answer_weight=1.0)(columns(model, ANCHORS, ANSWERS))
+        ICRLoss(model.eval(), answer_weight=1.0)(columns(model, ANCHORS, ANSWERS))
     with pytest.raises(UsageError, match="answer_weight must be 0 or more"):
         ICRLoss(model, answer_weight=-1.0)
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -112,8 +113,9 @@ def test_an_adapter_over_a_tied_head_leaves_the_embeddings(backbone: Path) -> No
 
 
 def test_weights_that_other_processes_share_stay_as_they_are(backbone: Path) -> None:
-    model = untrained(backbone).share_memory()
-    shared = [layer.get_base_layer().weight.data for layer in lora_layers(model.encoder.backbone)]
+    model = untrained(backbone)
+    model.share_memory()
+    shared = [cast(nn.Linear, layer.get_base_layer()).weight.data for layer in lora_layers(model.encoder.backbone)]
     before = [weight.clone() for weight in shared]
     model.pack_weights()
     for weight, kept in zip(shared, before, strict=True):

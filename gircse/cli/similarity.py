@@ -45,7 +45,7 @@ def similarity(
     loaded = load_model(model, device=device, dtype=dtype, num_steps=num_steps)
     prompt = loaded.format_instruction(instruction) if instruction else ""
     vectors = loaded.encode([a, b], prompt=prompt)
-    score = float(loaded.similarity(vectors[:1], vectors[1:])[0, 0])
+    score = float(loaded.similarity(vectors[:1], vectors[1:])[0, 0].clamp(-1, 1))  # rounding may pass 1
     if json_output:
         print(json.dumps({"similarity": score, "instruction": instruction, "num_steps": loaded.num_steps}))
     else:

@@ -258,8 +258,7 @@ def _trained_before(recipe: Recipe, place: str) -> GIRCSE:
     configs: Any = backbone.peft_config.values() if encoder.has_adapter else ()
     check_fit(recipe, place, encoder.reference, [(own.r, own.lora_alpha, own.lora_dropout) for own in configs])
     encoder.training_facts = {"start": start_facts(place, model)}
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(recipe.lora is None or "lora_" in name)
+    encoder.unfreeze()
     return model
 
 
