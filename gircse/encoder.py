@@ -121,7 +121,8 @@ class GenerativeEncoder(InputModule):
         self.reference = reference
         self.refinement = config
         self.training_facts = training or {}
-        self._finetuned_whole = self._changed_whole = False
+        self._finetuned_whole = False  # all weights can, or could once, be trained: they are saved
+        self._changed_whole = False  # and may have been: no adapter goes over them
         self.quantized: str | None = None
         self.checksum_before_freezing: str | None = None
         self._parameters_before_freezing: int | None = None

@@ -415,12 +415,11 @@ class GIRCSE(SentenceTransformer):
 
         `batch_size` stays an upper bound on the texts of a batch where the caller set it below or above the default.
         """
-        inputs = as_texts(inputs)
         if kwargs.get("output_value") == "token_embeddings":
             raise UsageError("there are no token embeddings: soft tokens have states of their own (encode_states)")
         if kwargs.get("output_value") != "sentence_embedding":
             kwargs.pop("batch_tokens", None)
-            return super()._inference(inputs, **kwargs)
+            return super()._inference(as_texts(inputs), **kwargs)
         tokenized = self.tokenize_texts(inputs, kwargs.get("prompt"))
         device = self._resolve_inference_device(kwargs.get("device"))
         embeddings = self._run_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,13 +132,8 @@ def serve(
         log_json=log_json,
         log_texts=log_texts,
     )
-    try:
-        import fastapi  # noqa: F401
-        import fastapi_offline  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("gircse serve", "serve") from error
+    if not all(map(find_spec, ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn"))):
+        raise MissingExtraError("gircse serve", "serve")
     if settings.api_key is None and not _is_loopback(host):
         stderr.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} may use this server; set GIRCSE_API_KEY"
