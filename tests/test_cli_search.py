@@ -223,6 +223,9 @@ def test_rerank(invoke: Invoke, models: list[Any], tmp_path: Path) -> None:
     with pytest.raises(InputDataError, match=r"texts\.jsonl: holds no texts") as caught:
         invoke("rerank", "honey", str(texts), *columns)
     assert (caught.value.exit_code, models) == (1, [])
+    texts.write_text('{"key": 1}\n', encoding="utf-8")
+    with pytest.raises(InputDataError, match=r"mend or remove the row$"):  # there is no --skip-bad to name
+        invoke("rerank", "honey", str(texts), *columns)
 
 
 class Writer:

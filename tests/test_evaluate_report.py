@@ -285,6 +285,11 @@ def test_noise_is_tested_in_pairs_under_its_seed(tmp_path: Path) -> None:
     between = f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
     assert f"<td>{between}</td><td>{escape(p_text(test.p))}</td><td>40</td>" in rows["Pairs"]
     assert rows["Groups"].count("<td>–</td>") == 3
+    terminal = next(line for line in shown(tmp_path).splitlines() if "typos (seed 11)" in line and "Pairs" in line)
+    assert between in terminal
+    found = {row["task"]: row for row in json.loads(shown(tmp_path, "--json"))["noise"]}
+    assert (found["Pairs"]["seed"], found["Pairs"]["test"]["low"]) == (11, pytest.approx(100 * test.low))
+    assert found["Groups"]["test"] is None
 
 
 def test_items_of_other_data_do_not_pair_and_are_said_to_be_others(tmp_path: Path) -> None:

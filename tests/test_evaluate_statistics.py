@@ -75,6 +75,11 @@ def test_the_noise_of_two_clusterings_averages_out() -> None:
     assert np.mean(spread, axis=0).std() < 0.7 * np.mean([samples.std() for samples in spread])
 
 
+def test_no_interval_goes_beyond_what_a_score_can_be() -> None:
+    samples = Items("resamples", np.array([0.7, 0.95, 1.0, 1.0])).samples()
+    assert samples.max() == 1.0
+
+
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards quietly watch from the hill."
 
 

@@ -59,6 +59,8 @@ def test_steps_are_logged_once_after_stop_and_resume(
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert entries[0]["tokens_per_second"] > 0
     assert entries[5]["seconds_left"] == 0
+    verb(recipe, folder / "out", resume=True)
+    assert logged(log) == entries, "there was nothing left to do"
 
 
 def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _LEFT_OUT = "left out: items do not pair"
+_TEXTS = (_LEFT_OUT, "task", "model")  # headings of columns that are not numbers
 
 
 def report(
@@ -93,14 +94,14 @@ def terminal_table(results: Results) -> Table:
 
 
 def summary_tables(results: Results) -> list[Table]:
-    """Differences of the mean between the columns that are compared, and what a text costs in each column."""
+    """Differences of the mean between columns, what noise does to scores, and what a text costs in each column."""
     from rich.table import Table
 
     tables = []
     for title, (heading, *rows) in _summaries(results).items():
         table = Table(title=title, title_justify="left")
         for at, name in enumerate(heading):
-            table.add_column(name, justify="left" if at == 0 or name == _LEFT_OUT else "right")
+            table.add_column(name, justify="left" if at == 0 or name in _TEXTS else "right")
         for row in rows:
             table.add_row(*row)
         tables.append(table)
@@ -141,8 +142,11 @@ def _mean_rows(results: Results) -> list[tuple[str, list[str]]]:
 
 def _summaries(results: Results) -> dict[str, list[list[str]]]:
     """Titles to rows, the first of them the headings."""
-    tests, costs = _test_rows(results), _cost_rows(results)
-    found = {"Differences of the mean, paired over the same items": tests, "Mean cost of a text": costs}
+    found = {
+        "Differences of the mean, paired over the same items": _test_rows(results),
+        "Noisy texts against the same texts clean": _noise_rows(results),
+        "Mean cost of a text": _cost_rows(results),
+    }
     return {title: rows for title, rows in found.items() if len(rows) > 1}
 
 
@@ -161,6 +165,19 @@ def _test_rows(results: Results) -> list[list[str]]:
         left_out.append(", ".join(found.unpaired))
     if any(left_out):
         rows = [[*row, names] for row, names in zip(rows, [_LEFT_OUT, *left_out], strict=True)]
+    return rows
+
+
+def _noise_rows(results: Results) -> list[list[str]]:
+    from gircse.evaluate.statistics import p_text
+
+    rows = [["noise", "task", "model", "clean", "noisy", "difference", "95 % interval", "p"]]
+    for row in results.noise():
+        clean, noisy = row["clean"], row["noisy"]
+        shown = [row["heading"], row["task"], row["column"], f"{clean:.1f}", f"{noisy:.1f}", f"{noisy - clean:+.1f}"]
+        test = row["test"]
+        spread = ["-", "-"] if test is None else [f"{test['low']:+.1f} to {test['high']:+.1f}", p_text(test["p"])]
+        rows.append(shown + spread)
     return rows
 
 
@@ -184,4 +201,4 @@ def _as_json(results: Results) -> dict[str, Any]:
         | {"data": result.data, "column": result.column, "score": result.score, "interval": result.interval}
         for result in results.all
     ]
-    return {"results": rows, "comparisons": results.comparison_tables()}
+    return {"results": rows, "comparisons": results.comparison_tables(), "noise": results.noise()}

@@ -56,9 +56,9 @@ def rerank(
       gircse rerank "how do plants eat?" candidates.txt --num-steps 20
       grep -i plant notes.txt | gircse rerank "how do plants eat?" - --top 3
     """
-    from gircse.embed.reader import CorpusReader
+    from gircse.embed.reader import MEND, CorpusReader
 
-    rows = list(CorpusReader(source, input_format, column=column, id_column=id_column))
+    rows = list(CorpusReader(source, input_format, column=column, id_column=id_column, advice=MEND))
     if not rows:
         raise InputDataError(source, None, "holds no texts; there is nothing to rank")
     loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)

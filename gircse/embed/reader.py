@@ -27,7 +27,8 @@ from gircse.embed import InputFormat
 from gircse.errors import InputDataError, UsageError
 
 STDIN = "-"
-_MEND = "mend or remove the row, or leave bad rows out with --skip-bad"
+MEND = "mend or remove the row"
+MEND_OR_SKIP = f"{MEND}, or leave bad rows out with --skip-bad"
 _MAX_CSV_CELL = 1 << 26  # characters; a cell above this is a quote that was never closed
 _PARQUET_BATCH = 1024  # rows
 
@@ -101,6 +102,7 @@ class CorpusReader:
         column: JSON key, CSV header or Parquet column of the text; plain text has none.
         id_column: Likewise of the ids.
         skip_bad: Count unusable rows in `bad` instead of raising on the first.
+        advice: What people are told to do about an unusable row.
         stream: Read in place of standard input.
 
     Attributes:
@@ -119,6 +121,7 @@ class CorpusReader:
         column: str = "text",
         id_column: str | None = None,
         skip_bad: bool = False,
+        advice: str = MEND_OR_SKIP,
         stream: BinaryIO | None = None,
     ) -> None:
         self.source, self.column, self.id_column, self.skip_bad = source, column, id_column, skip_bad
@@ -126,7 +129,7 @@ class CorpusReader:
         self.format = input_format or _format_of(source)
         self.bad = BadRows()
         self.all_columns = False
-        self._stream = stream
+        self._advice, self._stream = advice, stream
         if self.format == "txt" and id_column is not None:
             raise UsageError("a .txt corpus has no columns, so --id-column does not apply: ids are line numbers")
         if not self.is_stream:
@@ -172,7 +175,7 @@ class CorpusReader:
                 elif self.skip_bad:
                     self.bad.add(row.kind, row.line)
                 else:
-                    raise InputDataError(self.name, row.line, f"{row.problem}; {_MEND}")
+                    raise InputDataError(self.name, row.line, f"{row.problem}; {self._advice}")
 
     def peek(self) -> None:
         """Raise what the first row would raise, so that nobody waits for a model first. Streams are left alone."""

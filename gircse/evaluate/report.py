@@ -59,7 +59,7 @@ def write_report(results: Results, output: Path) -> Path:
         facets=_facets(results),
         wordings=_wordings(results),
         wording_lists=_wording_lists(results),
-        noise=_noise(results),
+        noise=results.noise(),
         soft_tokens=results.soft_tokens,
         settings=_settings(results),
         draws=DRAWS,
@@ -184,29 +184,6 @@ def _wording_lists(results: Results) -> list[dict[str, Any]]:
         rows = [{"wording": w, "scores": [scores.get(column) for column in columns]} for w, scores in wordings.items()]
         lists.append({"task": task, "columns": columns, "rows": rows})
     return lists
-
-
-def _noise(results: Results) -> list[dict[str, Any]]:
-    """Scores of perturbed texts beside those of the same texts clean, with a paired test where their items pair."""
-    rows = []
-    for cell in results.all:
-        clean = results.by_cell.get((cell.task, cell.column))
-        if cell.facts["perturbation"] and clean is not None:
-            kind, test = cell.facts["perturbation"], cell.against(clean)
-            rows.append(
-                {
-                    "task": cell.task,
-                    "kind": kind,
-                    "heading": f"{kind} (seed {cell.facts['seed']})",
-                    "is": cell.facts["perturbation_is"],
-                    "column": cell.column,
-                    "clean": clean.score,
-                    "noisy": cell.score,
-                    "test": None if test is None else test.as_percent(),
-                }
-            )
-    place = {column: at for at, column in enumerate(results.columns)}
-    return sorted(rows, key=lambda row: (row["heading"], row["task"], place[row["column"]]))
 
 
 def _settings(results: Results) -> dict[str, Any]:

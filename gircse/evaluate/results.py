@@ -257,6 +257,33 @@ class Results:
         unpaired = [task for task in tasks if task not in tests]
         return MeanComparison(mean_of(list(tests.values())), list(tests), unpaired)
 
+    def noise(self) -> list[dict[str, Any]]:
+        """Scores of perturbed texts beside those of the same texts clean, with a paired test where their items pair.
+
+        Keys: ``task``, ``kind`` and ``seed`` of the perturbation, ``heading`` (both), ``is`` (what it does),
+        ``column``, ``clean``, ``noisy``, ``test`` (as `Comparison.as_percent` has it, or None).
+        """
+        rows = []
+        for cell in self.all:
+            clean = self.by_cell.get((cell.task, cell.column))
+            if cell.facts["perturbation"] and clean is not None:
+                kind, seed, test = cell.facts["perturbation"], cell.facts["seed"], cell.against(clean)
+                rows.append(
+                    {
+                        "task": cell.task,
+                        "kind": kind,
+                        "seed": seed,
+                        "heading": f"{kind} (seed {seed})",
+                        "is": cell.facts["perturbation_is"],
+                        "column": cell.column,
+                        "clean": clean.score,
+                        "noisy": cell.score,
+                        "test": None if test is None else test.as_percent(),
+                    }
+                )
+        place = {column: at for at, column in enumerate(self.columns)}
+        return sorted(rows, key=lambda row: (row["heading"], row["task"], place[row["column"]]))
+
     def comparison_tables(self) -> list[dict[str, Any]]:
         """Of each pair of columns worth a comparison its tests by task, and of the mean where there are several.
 

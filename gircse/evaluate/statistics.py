@@ -49,7 +49,8 @@ class Items:
         if self.statistic == "resamples":
             spread = self.values.std(ddof=1) if len(self.values) > 1 else 0.0
             own = zlib.crc32(np.ascontiguousarray(self.values).tobytes())  # else the noise of two tasks would add up
-            return np.random.default_rng([seed, own]).normal(self.values.mean(), spread, draws)
+            drawn = np.random.default_rng([seed, own]).normal(self.values.mean(), spread, draws)
+            return drawn.clip(0, 1)  # no score is beyond, and few items spread widely
         return np.concatenate([self._weighted(counts) for counts in _draws(len(self.values), draws, seed)])
 
     def _weighted(self, counts: np.ndarray) -> np.ndarray:

@@ -131,6 +131,10 @@ class StepLosses(TrainerCallback):
         self.losses, self.report = losses, report
         self.divergence, self.collapse = Divergence(), Collapse()
         self.values: dict[str, list[float]] = {}  # since the last log, by their names there
+        self._begun_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun_at = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
@@ -170,6 +174,8 @@ class StepLosses(TrainerCallback):
             means = {key: round(sum(values) / len(values), 4) for key, values in self.values.items()}
             logs |= dict(sorted(means.items(), key=_order_in_logs))
             self.values = {}
+        if "train_runtime" in logs and self._begun_at:
+            return  # the trainer's summary divides what was done since a run went on by all of its steps
         if self.report is not None and state.is_world_process_zero:
             self.report({**logs, "step": state.global_step, "max_steps": state.max_steps})
 
