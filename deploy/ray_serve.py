@@ -60,12 +60,14 @@ class Replica:
     def __init__(self, arguments: Arguments, settings: ServeSettings) -> None:
         import torch
 
+        from gircse.kernel_caches import limit_kernel_caches
         from gircse.model import GIRCSE
         from gircse.serve.logs import configure_logging
         from gircse.serve.service import Service
 
         configure_logging(as_json=settings.log_json)
-        model = GIRCSE(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+        limit_kernel_caches()
+        model = GIRCSE(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)).pack_weights()
         name = os.path.basename((arguments.model or "gircse-smollm2-135m").rstrip("/"))
         self.service = Service(model, settings, name)
 

@@ -5,6 +5,7 @@ Knows tensors of keys and values; knows nothing of texts, pooling or losses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,20 +32,15 @@ class PreallocatedLayer(DynamicLayer):
     the prompt.
 
     Args:
-        keys: Of the prompt, (B, heads, N, head_dim); each an item of the rows' groups, to be stacked.
+        keys: The buffer, (B, heads, capacity, head_dim); its dtype is that of what `update` returns.
         values: Likewise.
-        length: N of the result; shorter groups are padded on the left.
-        room: Positions that will be added.
-        dtype: Of the buffer, and so of what `update` returns.
+        length: Positions that are filled.
     """
 
-    def __init__(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], length: int, room: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = dtype, keys[0].device, True
-        stack = _joined if torch.is_grad_enabled() else _stack_into
-        self._buffers = stack(keys, length, length + room, dtype), stack(values, length, length + room, dtype)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._buffers = keys, values
         self._show(length)
 
     def _show(self, length: int) -> None:
@@ -136,19 +132,156 @@ def join_caches(caches: Sequence[DynamicCache], length: int, room: int, dtype: t
     joined = DynamicCache()
     for index in range(len(caches[0].layers)):
         keys, values = zip(*(_layer(cache, index) for cache in caches), strict=True)
-        joined.layers.append(PreallocatedLayer(keys, values, length, room, dtype))
+        stack = _joined if torch.is_grad_enabled() else _stack_into
+        buffers = (stack(groups, length, length + room, dtype) for groups in (keys, values))
+        joined.layers.append(PreallocatedLayer(*buffers, length))
         for cache in caches:  # the copies are made: free the originals layer by layer
             _released(cache, index)
     return joined
 
 
-def expand_cache(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A one-row cache for `rows` rows that begin with the same tokens. Shares memory until it grows; differentiable."""
+def expand_cache(cache: DynamicCache, rows: int, *, keep: bool = True) -> DynamicCache:
+    """A one-row cache for `rows` rows that begin with the same tokens. Shares memory until it grows; differentiable.
+
+    Args:
+        cache: Of the tokens that they share.
+        rows: How many.
+        keep: Whether what is added stays. Without it every layer has been forgotten when the next one is computed.
+    """
     expanded = DynamicCache()
     for index in range(len(cache.layers)):
-        keys, values = _layer(cache, index)
-        expanded.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        layer = DynamicLayer() if keep else _ForgetfulLayer()
+        _begin_with(layer, *(states.expand(rows, -1, -1, -1) for states in _layer(cache, index)))
+        expanded.layers.append(layer)
     return expanded
+
+
+def _begin_with(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
+class _ForgetfulLayer(DynamicLayer):
+    """For a pass whose last state is all that is wanted."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+
+class JoinedPrompts:
+    """What `join_caches` makes, written by the prompt passes themselves: keys and values are never held twice.
+
+    Without gradients only. Groups of rows fill it one after the other. All layers lie in one block of memory, which
+    the system has back at once: of many smaller ones a process keeps those that the next batch, of another size,
+    cannot use.
+
+    Args:
+        rows: Of all groups together.
+        length: Positions of the longest prompt.
+        room: Positions that soft tokens will add.
+        dtype: Of the keys and values.
+        layers: How many layers there will be; more, or larger ones than the first, have blocks of their own.
+    """
+
+    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype, layers: int) -> None:
+        self.rows, self.length, self.room, self.dtype, self.layers = rows, length, room, dtype, layers
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # a pair a layer, made in the first pass
+        self._block: Tensor | None = None  # what is left of it
+        self._begun = 0
+
+    def next_group(self, rows: int, prefix: DynamicCache | None = None) -> DynamicCache:
+        """The cache for the prompt pass of the next `rows` rows.
+
+        Args:
+            rows: How many.
+            prefix: The cache, of one row, of the tokens that all of them begin with.
+        """
+        taken = slice(self._begun, self._begun + rows)
+        self._begun = taken.stop
+        return _PromptCache(self, taken, prefix)
+
+    def cache(self) -> DynamicCache:
+        """The cache of all rows, once every group has had its pass. Padding must be masked by the caller."""
+        assert self._begun == self.rows, "rows without a prompt pass"
+        joined = DynamicCache()
+        joined.layers = [PreallocatedLayer(keys, values, self.length) for keys, values in self._buffers]
+        return joined
+
+    def write(self, layer: int, rows: slice, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Put keys and values of a group's positions at the end of its rows, padding before them.
+
+        Args:
+            layer: Index of the layer.
+            rows: The group's.
+            parts: Keys and values, (b or 1, heads, N, head_dim) each, of positions that follow each other.
+
+        Returns:
+            Those of all positions, (b, heads, N, head_dim) each: views.
+        """
+        if layer == len(self._buffers):
+            self._buffers.append((self._buffer(parts[0][0]), self._buffer(parts[0][1])))
+        keys, values = (
+            _write_at_end(buffer[rows, :, : self.length], states)
+            for buffer, states in zip(self._buffers[layer], zip(*parts, strict=True), strict=True)
+        )
+        return keys, values
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        shape = self.rows, like.shape[1], self.length + self.room, like.shape[3]
+        size = math.prod(shape)
+        if self._block is None:
+            self._block = like.new_empty(2 * self.layers * size, dtype=self.dtype)
+        if len(self._block) < size:
+            return like.new_empty(shape, dtype=self.dtype)
+        taken, self._block = self._block.tensor_split([size])
+        return taken.view(shape)
+
+
+def _write_at_end(buffer: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """The written part of a buffer, (b, heads, length, head_dim); what lies before it becomes zero."""
+    first = start = buffer.shape[2] - sum(part.shape[2] for part in parts)
+    buffer[:, :, :first] = 0
+    for part in parts:
+        buffer[:, :, start : start + part.shape[2]] = part
+        start += part.shape[2]
+    return buffer[:, :, first:]
+
+
+class _PromptCache(DynamicCache):
+    """A group's part of `JoinedPrompts`."""
+
+    def __init__(self, joined: JoinedPrompts, rows: slice, prefix: DynamicCache | None) -> None:
+        super().__init__()
+        self._joined, self._rows = joined, rows
+        for index in range(len(prefix.layers) if prefix is not None else 0):
+            layer = _PromptLayer(joined, rows, index)
+            _begin_with(layer, *_layer(prefix, index))
+            self.layers.append(layer)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_PromptLayer(self._joined, self._rows, len(self.layers)))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _PromptLayer(DynamicLayer):
+    """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass."""
+
+    def __init__(self, joined: JoinedPrompts, rows: slice, index: int) -> None:
+        super().__init__()
+        self._joined, self._rows, self._index = joined, rows, index
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        parts = [(key_states, value_states)]
+        if self.keys is not None:
+            assert self.values is not None
+            parts.insert(0, (self.keys, self.values))
+        _begin_with(self, *self._joined.write(self._index, self._rows, parts))
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
 
 def cache_tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gircse.attention import attention_dtype
-from gircse.cache import cache_tensors, expand_cache, join_caches, new_cache, select_rows
+from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches, new_cache, select_rows
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.prompts import PromptGroup, align_right, plan_prompts
@@ -78,27 +78,27 @@ def refine(
     worth = 0 if input_ids.device.type == "cpu" else GPU_WORTH_SHARING
     prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits, worth=worth)
     order = [row for prompt in prompts for row in prompt.rows]
-    prefixes: dict[tuple[int, ...], DynamicCache] = {}
-    caches, firsts = [], []
-    for prompt in prompts:
-        cache = _start_cache(decoder, prompt, prefixes)
-        firsts.append(_prompt_pass(decoder, prompt, cache, keep=num_steps > 0))
-        if num_steps:  # else one group's is all that is held at a time
-            caches.append(cache)
-    first = torch.cat(firsts)
+    longest = max(prompt.mask.shape[1] for prompt in prompts)
+    table = decoder.vocabulary.embedding.weight  # of the dtype and on the device of the states
+    dtype = attention_dtype(decoder.transformer, table)
+    if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
+        graphs = None
+    joined = None
+    if num_steps and graphs is None and not torch.is_grad_enabled():
+        layers = decoder.transformer.config.get_text_config().num_hidden_layers
+        joined = JoinedPrompts(len(order), longest, num_steps, dtype, layers)
+    first, caches = _run_prompts(decoder, prompts, joined, keep=num_steps > 0)
     if num_steps == 0:
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
-    longest = max(prompt.mask.shape[1] for prompt in prompts)
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
-    dtype = attention_dtype(decoder.transformer, first)
-    if graphs is not None and min(own_steps) == num_steps:
+    if graphs is not None:
         own = {"length": longest, "num_steps": num_steps, "temperature": temperature}
         if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
             cache = join_caches(caches, longest, room=0, dtype=dtype)
             written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps)
             return _restore(torch.stack([first, *written], dim=1), order)
-    cache = join_caches(caches, longest, room=num_steps, dtype=dtype)
+    cache = joined.cache() if joined else join_caches(caches, longest, room=num_steps, dtype=dtype)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
         by_steps = sorted(range(len(order)), key=lambda place: -own_steps[order[place]])
         order, places = [order[place] for place in by_steps], torch.tensor(by_steps, device=first.device)
@@ -179,16 +179,36 @@ def encode_prompt(
     return _restore(torch.cat(vectors).unsqueeze(1), [row for prompt in prompts for row in prompt.rows])
 
 
-def _start_cache(decoder: Decoder, prompt: PromptGroup, prefixes: dict[tuple[int, ...], DynamicCache]) -> DynamicCache:
-    """The cache that a prompt pass goes on from: its shared prefix, computed once for all groups that have it."""
-    if not prompt.prefix:
-        return new_cache()
-    if prompt.prefix not in prefixes:
-        prefix = new_cache()
-        ids = torch.tensor([prompt.prefix], device=prompt.ids.device)
-        decoder.transformer(input_ids=ids, past_key_values=prefix, use_cache=True)
-        prefixes[prompt.prefix] = prefix
-    return expand_cache(prefixes[prompt.prefix], len(prompt.rows))
+def _run_prompts(
+    decoder: Decoder, prompts: Sequence[PromptGroup], joined: JoinedPrompts | None, *, keep: bool
+) -> tuple[Tensor, list[DynamicCache]]:
+    """The prompt passes of all groups.
+
+    Args:
+        decoder: The backbone, taken apart.
+        prompts: The groups.
+        joined: Where keys and values go, if all of them have their place already.
+        keep: Whether they are wanted at all.
+
+    Returns:
+        h_0 of the rows in the groups' order, (B, d), and each group's cache, if they are wanted and have no place.
+    """
+    prefixes: dict[tuple[int, ...], DynamicCache] = {}
+    firsts, caches = [], []
+    for prompt in prompts:
+        if prompt.prefix and prompt.prefix not in prefixes:  # computed once for all groups that have it
+            prefix = prefixes[prompt.prefix] = new_cache()
+            ids = torch.tensor([prompt.prefix], device=prompt.ids.device)
+            decoder.transformer(input_ids=ids, past_key_values=prefix, use_cache=True)
+        prefix = prefixes.get(prompt.prefix)
+        if joined is not None:
+            cache = joined.next_group(len(prompt.rows), prefix)
+        else:
+            cache = new_cache() if prefix is None else expand_cache(prefix, len(prompt.rows), keep=keep)
+        firsts.append(_prompt_pass(decoder, prompt, cache, keep=keep))
+        if keep and joined is None:
+            caches.append(cache)
+    return torch.cat(firsts), caches
 
 
 def _prompt_pass(decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, *, keep: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from gircse.cache import join_caches, new_cache, select_rows
+from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches, new_cache, select_rows
 
 
 def filled(rows: int, positions: int, *, grad: bool) -> tuple[DynamicCache, list[Tensor]]:
@@ -87,3 +87,56 @@ def test_rows_leave_with_their_gradients() -> None:
     (gradient,) = torch.autograd.grad(shown[0].sum(), [keys])
     assert gradient[2].eq(1).all()
     assert gradient[:2].eq(0).all()
+
+
+@torch.no_grad()
+def test_prompts_write_what_joining_would_copy() -> None:
+    """Two layers, a prefix of two tokens; groups of two, one and two rows, the last without the prefix."""
+    torch.manual_seed(0)
+    prefix = new_cache()
+    for layer in range(2):
+        prefix.update(*torch.randn(2, 1, 2, 2, 4), layer)
+    joined, caches = JoinedPrompts(5, 7, 3, torch.bfloat16, layers=2), []
+    for rows, positions, begun in ((2, 5, prefix), (1, 3, prefix), (2, 6, None)):
+        own = joined.next_group(rows, begun)
+        copied = new_cache() if begun is None else expand_cache(begun, rows)
+        for layer in range(2):
+            keys, values = torch.randn(2, rows, 2, positions, 4)
+            assert own.get_seq_length(layer) == copied.get_seq_length(layer)
+            for seen, expected in zip(own.update(keys, values, layer), copied.update(keys, values, layer), strict=True):
+                assert torch.equal(seen, expected.bfloat16())
+        caches.append(copied)
+    expected = join_caches(caches, 7, 3, torch.bfloat16)
+    found = joined.cache()
+    for step in range(3):
+        for pair in zip(cache_tensors(found), cache_tensors(expected), strict=True):
+            for mine, copied in zip(*pair, strict=True):
+                assert torch.equal(mine, copied)
+        for layer in range(2):
+            states = torch.randn(2, 5, 2, 1, 4)
+            for cache in (found, expected):
+                assert cache.update(*states, layer)[0].shape[2] == 8 + step
+
+
+@torch.no_grad()
+def test_prompts_hold_nothing_but_the_joined_cache() -> None:
+    """In one block; a layer that the first two leave no room for has its own."""
+    joined, seen = JoinedPrompts(3, 5, 1, torch.float32, layers=2), list[Tensor]()
+    for rows in (2, 1):
+        group = joined.next_group(rows)
+        for layer in range(3):
+            seen += group.update(*torch.randn(2, rows, 2, 5, 4), layer)
+    kept = [states.untyped_storage().data_ptr() for pair in cache_tensors(joined.cache()) for states in pair]
+    assert {states.untyped_storage().data_ptr() for states in seen} == set(kept)
+    assert len(set(kept[:4])) == 1
+    assert len(set(kept)) == 3
+    assert seen[0].untyped_storage().nbytes() == 4 * 4 * (3 * 2 * 6 * 4)
+
+
+def test_a_pass_whose_last_state_is_all_that_is_wanted_keeps_nothing() -> None:
+    prefix, _ = filled(1, 2, grad=False)
+    kept, forgotten = expand_cache(prefix, 3), expand_cache(prefix, 3, keep=False)
+    states = torch.randn(2, 3, 2, 4, 4)
+    for seen, expected in zip(forgotten.update(*states, 0), kept.update(*states, 0), strict=True):
+        assert torch.equal(seen, expected)
+    assert (kept.get_seq_length(), forgotten.get_seq_length()) == (6, 2)

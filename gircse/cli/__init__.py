@@ -31,6 +31,7 @@ from gircse.cli.serve import serve
 from gircse.cli.similarity import similarity
 from gircse.cli.train import train
 from gircse.errors import GircseError
+from gircse.kernel_caches import limit_kernel_caches
 
 app = typer.Typer(
     name="gircse",
@@ -88,6 +89,7 @@ def _gircse(
 
 def main() -> None:
     """Run the command line: an error becomes one line on stderr and an exit code; ``--debug`` shows the traceback."""
+    limit_kernel_caches()
     debug = "--debug" in sys.argv or os.environ.get("GIRCSE_DEBUG") == "1"
     if os.environ.get("GIRCSE_OFFLINE") == "1":  # said to the libraries too, which read it when they are imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,24 @@
+"""How many compiled kernels PyTorch keeps for its products on a CPU. It imports nothing: it comes before all else.
+
+oneDNN compiles a kernel for every number of rows that a product meets, and two caches keep 1,024 each. Batches of texts
+have some other number of rows every time: in bfloat16 they come to hold half a gigabyte (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import os
+
+KERNELS = 64
+"""A pass over a prompt needs four, the soft tokens after it six; what was forgotten takes a millisecond to compile."""
+
+VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""What ideep, PyTorch's own layer over oneDNN, reads, and oneDNN itself."""
+
+
+def limit_kernel_caches() -> None:
+    """Let this process and its children keep `KERNELS` of them; a limit that the environment sets already stays.
+
+    It is a matter of the whole process, so programs call it and not models; before the first product.
+    """
+    for name in VARIABLES:
+        os.environ.setdefault(name, str(KERNELS))
