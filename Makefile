@@ -38,6 +38,7 @@ fix: $(VENV)/.dev              ## what ruff can mend by itself
 bench: $(VENV)/.dev            ## speed, memory, kills; DATA=folder of the evaluation data
 	$(BIN)/python benchmarks/encode_speed.py --data $(or $(DATA),data/eval) --texts 192,48,20 --repeats 1
 	$(BIN)/python benchmarks/train_step.py --rows 2 --tokens 32,128,512 --steps 3,5,10 --repeats 1
+	$(BIN)/python benchmarks/process_memory.py --data $(or $(DATA),data/eval) --dtypes float32
 	$(BIN)/python benchmarks/embed_memory.py
 	$(BIN)/python benchmarks/embed_kills.py
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mixes import INSTRUCTION, read_mix
 from peak_memory import peak_rise
 from rich.console import Console
 from rich.table import Table
@@ -42,21 +43,8 @@ from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps, recompute_states
 from gircse.train.plan import matrix_rate
 
-INSTRUCTION = "Retrieve semantically similar text"
 FROZEN = {"int8": GIRCSE.quantize_weights, "packed": GIRCSE.pack_weights}
 Encode = Callable[[], object]
-
-
-def read_mix(data: Path, mix: str, count: int) -> list[str]:
-    """Real texts of one kind, the first of the file."""
-    file, field = {
-        "short": (data / "STSBenchmark" / "test.jsonl", "sentence1"),
-        "medium": (data / "NewsClassification" / "test.jsonl", "text"),
-        "long": (data / "SciFact" / "corpus.jsonl", "text"),
-    }[mix]
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[: 4 * count]]
-    texts = list(dict.fromkeys(row[field] for row in rows))[:count]
-    return [" ".join(text.split()[:140]) for text in texts] if mix == "long" else texts
 
 
 def plain_encoder(model: GIRCSE, folder: Path) -> SentenceTransformer:

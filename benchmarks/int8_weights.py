@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from encode_speed import INSTRUCTION, read_mix
+from mixes import INSTRUCTION, read_mix
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import ndcg_score
