@@ -133,8 +133,8 @@ def join_caches(caches: Sequence[DynamicCache], length: int, room: int, dtype: t
     for index in range(len(caches[0].layers)):
         keys, values = zip(*(_layer(cache, index) for cache in caches), strict=True)
         stack = _joined if torch.is_grad_enabled() else _stack_into
-        buffers = (stack(groups, length, length + room, dtype) for groups in (keys, values))
-        joined.layers.append(PreallocatedLayer(*buffers, length))
+        keys, values = (stack(groups, length, length + room, dtype) for groups in (keys, values))
+        joined.layers.append(PreallocatedLayer(keys, values, length))
         for cache in caches:  # the copies are made: free the originals layer by layer
             _released(cache, index)
     return joined
@@ -206,7 +206,7 @@ class JoinedPrompts:
         """The cache of all rows, once every group has had its pass. Padding must be masked by the caller."""
         assert self._begun == self.rows, "rows without a prompt pass"
         joined = DynamicCache()
-        joined.layers = [PreallocatedLayer(keys, values, self.length) for keys, values in self._buffers]
+        joined.layers.extend(PreallocatedLayer(keys, values, self.length) for keys, values in self._buffers)
         return joined
 
     def write(self, layer: int, rows: slice, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -255,9 +255,9 @@ class _PromptCache(DynamicCache):
     def __init__(self, joined: JoinedPrompts, rows: slice, prefix: DynamicCache | None) -> None:
         super().__init__()
         self._joined, self._rows = joined, rows
-        for index in range(len(prefix.layers) if prefix is not None else 0):
+        for index, (keys, values) in enumerate(cache_tensors(prefix) if prefix is not None else ()):
             layer = _PromptLayer(joined, rows, index)
-            _begin_with(layer, *_layer(prefix, index))
+            _begin_with(layer, keys, values)
             self.layers.append(layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

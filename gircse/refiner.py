@@ -7,7 +7,7 @@ paper (arXiv 2509.24291).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ def refine(
         graphs = None
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
-        layers = decoder.transformer.config.get_text_config().num_hidden_layers
+        config: Any = decoder.transformer.config
+        layers = config.get_text_config().num_hidden_layers
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, layers)
     first, caches = _run_prompts(decoder, prompts, joined, keep=num_steps > 0)
     if num_steps == 0:

@@ -95,7 +95,7 @@ def test_prompts_write_what_joining_would_copy() -> None:
     torch.manual_seed(0)
     prefix = new_cache()
     for layer in range(2):
-        prefix.update(*torch.randn(2, 1, 2, 2, 4), layer)
+        prefix.update(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), layer)
     joined, caches = JoinedPrompts(5, 7, 3, torch.bfloat16, layers=2), []
     for rows, positions, begun in ((2, 5, prefix), (1, 3, prefix), (2, 6, None)):
         own = joined.next_group(rows, begun)
@@ -115,7 +115,7 @@ def test_prompts_write_what_joining_would_copy() -> None:
         for layer in range(2):
             states = torch.randn(2, 5, 2, 1, 4)
             for cache in (found, expected):
-                assert cache.update(*states, layer)[0].shape[2] == 8 + step
+                assert cache.update(states[0], states[1], layer)[0].shape[2] == 8 + step
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_prompts_hold_nothing_but_the_joined_cache() -> None:
     for rows in (2, 1):
         group = joined.next_group(rows)
         for layer in range(3):
-            seen += group.update(*torch.randn(2, rows, 2, 5, 4), layer)
+            seen += group.update(torch.randn(rows, 2, 5, 4), torch.randn(rows, 2, 5, 4), layer)
     kept = [states.untyped_storage().data_ptr() for pair in cache_tensors(joined.cache()) for states in pair]
     assert {states.untyped_storage().data_ptr() for states in seen} == set(kept)
     assert len(set(kept[:4])) == 1
@@ -136,7 +136,7 @@ def test_prompts_hold_nothing_but_the_joined_cache() -> None:
 def test_a_pass_whose_last_state_is_all_that_is_wanted_keeps_nothing() -> None:
     prefix, _ = filled(1, 2, grad=False)
     kept, forgotten = expand_cache(prefix, 3), expand_cache(prefix, 3, keep=False)
-    states = torch.randn(2, 3, 2, 4, 4)
-    for seen, expected in zip(forgotten.update(*states, 0), kept.update(*states, 0), strict=True):
+    keys, values = torch.randn(2, 3, 2, 4, 4)
+    for seen, expected in zip(forgotten.update(keys, values, 0), kept.update(keys, values, 0), strict=True):
         assert torch.equal(seen, expected)
     assert (kept.get_seq_length(), forgotten.get_seq_length()) == (6, 2)
