@@ -60,3 +60,11 @@ def test_the_command_line_limits_them_and_heeds_the_environment() -> None:
     call = [sys.executable, "-c", VERSION, *VARIABLES]
     told = subprocess.run(call, capture_output=True, text=True, check=True, env=environment).stdout
     assert told.splitlines()[-1] == f"7 {KERNELS}"
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many", ""])
+def test_a_limit_that_would_crash_is_refused_in_a_line(limit: str) -> None:
+    call = [sys.executable, "-m", "gircse", "--version"]
+    done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {VARIABLES[0]: limit})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "set it to a whole number above 0, or not at all" in done.stderr

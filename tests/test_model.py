@@ -15,6 +15,7 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from gircse.batches import plan_batches
+from gircse.cache import expand_cache
 from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.model import GIRCSE
@@ -456,3 +457,24 @@ def test_the_older_name_of_dtype_counts(model: GIRCSE, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     loaded = GIRCSE(str(tmp_path), device="cpu", model_kwargs={"torch_dtype": torch.bfloat16})
     assert loaded.encoder.weights_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_keys_and_values_are_held_once(model: GIRCSE, monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """Without gradients no cache is copied into another, and without soft tokens none is kept."""
+    texts = [f"the same instruction before a text number {number}" for number in range(6)]
+    expected = model.encode(texts, num_steps=num_steps)
+    kept: list[bool] = []
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a cache was copied")
+
+    def expand(cache: Any, rows: int, *, keep: bool) -> Any:
+        kept.append(keep)
+        return expand_cache(cache, rows, keep=keep)
+
+    monkeypatch.setattr("gircse.refiner.join_caches", refuse)
+    monkeypatch.setattr("gircse.refiner.expand_cache", expand)
+    assert np.array_equal(model.encode(texts, num_steps=num_steps), expected)
+    assert not any(kept)
+    assert bool(kept) == (num_steps == 0)

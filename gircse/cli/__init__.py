@@ -89,7 +89,6 @@ def _gircse(
 
 def main() -> None:
     """Run the command line: an error becomes one line on stderr and an exit code; ``--debug`` shows the traceback."""
-    limit_kernel_caches()
     debug = "--debug" in sys.argv or os.environ.get("GIRCSE_DEBUG") == "1"
     if os.environ.get("GIRCSE_OFFLINE") == "1":  # said to the libraries too, which read it when they are imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -97,6 +96,7 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        limit_kernel_caches()
         app()
     except GircseError as error:
         if debug:
