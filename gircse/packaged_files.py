@@ -121,7 +121,8 @@ def _pip_download(packages: list[str], into: Path, on_bytes: Callable[[int], Non
 
 def _size_of(folder: Path) -> int:
     total = 0
-    for file in folder.rglob("*"):
-        with suppress(OSError):  # pip moves and deletes files while we look
-            total += file.stat().st_size if file.is_file() else 0
+    for parent, _, names in os.walk(folder):  # pip moves and deletes files and folders while we look; rglob would raise
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total

