@@ -11,7 +11,12 @@ DEFAULT_BATCH_TOKENS = 4096
 
 
 def plan_batches(
-    lengths: Sequence[int], num_steps: int, batch_tokens: int | None = None, max_batch: int | None = None
+    lengths: Sequence[int],
+    num_steps: int,
+    batch_tokens: int | None = None,
+    max_batch: int | None = None,
+    *,
+    padded: bool = True,
 ) -> list[list[int]]:
     """Batches of similar lengths, longest first, each within the token budget.
 
@@ -22,6 +27,7 @@ def plan_batches(
         num_steps: K.
         batch_tokens: The budget in padded tokens.
         max_batch: Upper bound on rows.
+        padded: False where a row costs its own length + K, as padding to the longest of the batch is not kept.
 
     Returns:
         Indices into `lengths`, every one exactly once.
@@ -35,27 +41,31 @@ def plan_batches(
     if budget < 1:
         raise UsageError(f"batch_tokens must be 1 or more, not {budget}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = _fill(order, lengths, num_steps, budget, max_batch)
+    costs = [length + num_steps for length in lengths]
+    batches = _fill(order, costs, budget, max_batch, padded)
     if len(batches) > 1:
         # The last batch takes what is left, often a few rows, and small batches are slow: even them out.
-        even = -(-sum((lengths[batch[0]] + num_steps) * len(batch) for batch in batches) // len(batches))
-        evened = _fill(order, lengths, num_steps, min(budget, even + lengths[order[0]] + num_steps), max_batch)
+        even = -(-sum(_cost(batch, costs, padded) for batch in batches) // len(batches))
+        evened = _fill(order, costs, min(budget, even + costs[order[0]]), max_batch, padded)
         if len(evened) == len(batches):
             return evened
     return batches
 
 
 def _fill(
-    order: Sequence[int], lengths: Sequence[int], num_steps: int, budget: int, max_batch: int | None
+    order: Sequence[int], costs: Sequence[int], budget: int, max_batch: int | None, padded: bool
 ) -> list[list[int]]:
     batches: list[list[int]] = []
-    room = 0
+    cost = 0
     for index in order:
-        if room <= 0:
-            longest = lengths[index] + num_steps
-            room = max(1, budget // longest)
-            room = min(room, max_batch) if max_batch else room
+        added = costs[batches[-1][0]] if batches and padded else costs[index]
+        if not batches or cost + added > budget or len(batches[-1]) == max_batch:
             batches.append([])
+            cost, added = 0, costs[index]
         batches[-1].append(index)
-        room -= 1
+        cost += added
     return batches
+
+
+def _cost(batch: Sequence[int], costs: Sequence[int], padded: bool) -> int:
+    return costs[batch[0]] * len(batch) if padded else sum(costs[index] for index in batch)

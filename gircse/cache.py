@@ -183,10 +183,16 @@ class JoinedPrompts:
         room: Positions that soft tokens will add.
         dtype: Of the keys and values.
         layers: How many layers there will be; more, or larger ones than the first, have blocks of their own.
+        for_products: Whether the soft tokens' attention is `attend_single_queries`: then what the rows of a group begin
+            with is left where it is and `length` does not count it, keys lie in columns, and the room is filled with
+            zeros.
     """
 
-    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype, layers: int) -> None:
+    def __init__(
+        self, rows: int, length: int, room: int, dtype: torch.dtype, layers: int, *, for_products: bool = False
+    ) -> None:
         self.rows, self.length, self.room, self.dtype, self.layers = rows, length, room, dtype, layers
+        self.for_products = for_products
         self._buffers: list[tuple[Tensor, Tensor]] = []  # a pair a layer, made in the first pass
         self._block: Tensor | None = None  # what is left of it
         self._begun = 0
@@ -209,6 +215,16 @@ class JoinedPrompts:
         joined.layers.extend(PreallocatedLayer(keys, values, self.length) for keys, values in self._buffers)
         return joined
 
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer with their room, where they are `for_products`.
+
+        Returns:
+            (B, heads, head_dim, length + room) and (B, heads, length + room, head_dim), both contiguous.
+        """
+        assert self.for_products
+        assert self._begun == self.rows, "rows without a prompt pass"
+        return [(keys.mT, values) for keys, values in self._buffers]
+
     def write(self, layer: int, rows: slice, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Put keys and values of a group's positions at the end of its rows, padding before them.
 
@@ -221,22 +237,28 @@ class JoinedPrompts:
             Those of all positions, (b, heads, N, head_dim) each: views.
         """
         if layer == len(self._buffers):
-            self._buffers.append((self._buffer(parts[0][0]), self._buffer(parts[0][1])))
+            self._buffers.append((self._buffer(parts[0][0], self.for_products), self._buffer(parts[0][1])))
         keys, values = (
             _write_at_end(buffer[rows, :, : self.length], states)
             for buffer, states in zip(self._buffers[layer], zip(*parts, strict=True), strict=True)
         )
         return keys, values
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        shape = self.rows, like.shape[1], self.length + self.room, like.shape[3]
+    def _buffer(self, like: Tensor, in_columns: bool = False) -> Tensor:
+        capacity, width = self.length + self.room, like.shape[3]
+        shape = self.rows, like.shape[1], *((width, capacity) if in_columns else (capacity, width))
         size = math.prod(shape)
         if self._block is None:
             self._block = like.new_empty(2 * self.layers * size, dtype=self.dtype)
         if len(self._block) < size:
-            return like.new_empty(shape, dtype=self.dtype)
-        taken, self._block = self._block.tensor_split([size])
-        return taken.view(shape)
+            buffer = like.new_empty(shape, dtype=self.dtype)
+        else:
+            taken, self._block = self._block.tensor_split([size])
+            buffer = taken.view(shape)
+        buffer = buffer.mT if in_columns else buffer
+        if self.for_products:
+            buffer[:, :, self.length :] = 0
+        return buffer
 
 
 def _write_at_end(buffer: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -267,7 +289,10 @@ class _PromptCache(DynamicCache):
 
 
 class _PromptLayer(DynamicLayer):
-    """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass."""
+    """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass.
+
+    Where a prefix is left where it is, they stay the prefix's, and the pass reads what it has computed itself.
+    """
 
     def __init__(self, joined: JoinedPrompts, rows: slice, index: int) -> None:
         super().__init__()
@@ -275,6 +300,9 @@ class _PromptLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         parts = [(key_states, value_states)]
+        if self._joined.for_products:
+            self._joined.write(self._index, self._rows, parts)
+            return _after(self.keys, key_states), _after(self.values, value_states)
         if self.keys is not None:
             assert self.values is not None
             parts.insert(0, (self.keys, self.values))
@@ -282,6 +310,11 @@ class _PromptLayer(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
+
+
+def _after(prefix: Tensor | None, states: Tensor) -> Tensor:
+    """(b, heads, P + N, head_dim) from one row of a prefix and (b, heads, N, head_dim)."""
+    return states if prefix is None else torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=2)
 
 
 def cache_tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

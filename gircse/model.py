@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -23,6 +24,7 @@ from gircse.checkpoint import BackboneReference, RefinementConfig
 from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
+from gircse.grouped_steps import can_take_groups
 from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
 from gircse.texts import as_texts, is_single
@@ -340,6 +342,11 @@ class GIRCSE(SentenceTransformer):
         """
         return self._run_batches(tokenized, num_steps, batch_tokens)[:, : self.truncate_dim].contiguous()
 
+    @property
+    def pads_batches(self) -> bool:
+        """Whether rows of a batch are padded to its longest: not where soft tokens are written by groups of rows."""
+        return not can_take_groups(self.encoder.decoder)
+
     @torch.inference_mode()
     def _run_batches(
         self,
@@ -364,7 +371,8 @@ class GIRCSE(SentenceTransformer):
         unique = {ids: index for index, ids in enumerate(texts)}
         lengths = [len(ids) for ids in texts]
         batch_tokens = default_batch_tokens(device) if batch_tokens is None else batch_tokens
-        batches = plan_batches(lengths, steps, batch_tokens, max_batch)
+        plan = partial(plan_batches, num_steps=steps, max_batch=max_batch, padded=self.pads_batches)
+        batches = plan(lengths, batch_tokens=batch_tokens)
         if not texts:
             shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
             return torch.empty(0, *shape[feature], self.encoder.get_embedding_dimension())
@@ -380,8 +388,9 @@ class GIRCSE(SentenceTransformer):
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     self._check_out_of_memory(len(batch), error)
                     left = [index for group in (batch, *batches) for index in group]
-                    budget = len(batch) * (max(lengths[index] for index in batch) + steps) // 2
-                    planned = plan_batches([lengths[index] for index in left], steps, budget, max_batch)
+                    longest = max(lengths[index] for index in batch)
+                    budget = sum((longest if self.pads_batches else lengths[index]) + steps for index in batch) // 2
+                    planned = plan([lengths[index] for index in left], batch_tokens=budget)
                     batches = [[left[place] for place in group] for group in planned]
                     continue
                 for index, row in zip(batch, values, strict=True):

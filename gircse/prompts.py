@@ -5,6 +5,7 @@ Knows token ids and masks; knows nothing of models.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,20 @@ class PromptGroup:
     ids: Tensor
     mask: Tensor
     prefix: tuple[int, ...] = ()
+
+    @property
+    def own_mask(self) -> Tensor:
+        """(b, N): the mask after the prefix."""
+        return self.mask[:, len(self.prefix) :]
+
+    def ordered_by(self, key: Callable[[int], int]) -> PromptGroup:
+        """The same rows in another order.
+
+        Args:
+            key: Of a row's index in the batch; the smallest come first.
+        """
+        places = sorted(range(len(self.rows)), key=lambda place: key(self.rows[place]))
+        return PromptGroup([self.rows[place] for place in places], self.ids[places], self.mask[places], self.prefix)
 
 
 def plan_prompts(
@@ -113,6 +128,29 @@ def group_rows(lengths: list[int], tokens: int) -> list[list[int]]:
             longest = lengths[row]
         groups[-1].append(row)
     return groups
+
+
+def join_groups(groups: Sequence[PromptGroup], padding: int) -> list[list[PromptGroup]]:
+    """Neighbours that begin with the same prefix, together where that is little padding.
+
+    Args:
+        groups: The longest first, of those with the same prefix.
+        padding: Padded tokens, to the first of those that are put together, that are no more than little.
+
+    Returns:
+        Every group exactly once, in their order.
+    """
+    joined: list[list[PromptGroup]] = []
+    added = 0
+    for group in groups:
+        if joined and joined[-1][0].prefix == group.prefix:
+            added += (joined[-1][0].ids.shape[1] - group.ids.shape[1]) * len(group.rows)
+            if added <= padding:
+                joined[-1].append(group)
+                continue
+        joined.append([group])
+        added = 0
+    return joined
 
 
 def align_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

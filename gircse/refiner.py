@@ -6,7 +6,7 @@ paper (arXiv 2509.24291).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,8 @@ from gircse.attention import attention_dtype
 from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches, new_cache, select_rows
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
-from gircse.prompts import PromptGroup, align_right, plan_prompts
+from gircse.grouped_steps import DecodeGroup, GroupedSteps, takes_groups
+from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
 
 Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
@@ -35,6 +36,9 @@ ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
 GPU_WORTH_SHARING = 32_768
 """Tokens that a GPU computes in about the time that it takes to launch one more pass (docs/experiments.md)."""
+
+DECODE_PADDING = 512
+"""Padded tokens that cost a CPU's attention over one group about as much as a group of their own would."""
 
 
 def refine(
@@ -83,12 +87,13 @@ def refine(
     dtype = attention_dtype(decoder.transformer, table)
     if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
         graphs = None
+    if num_steps and graphs is None and takes_groups(decoder):
+        return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
-        config: Any = decoder.transformer.config
-        layers = config.get_text_config().num_hidden_layers
-        joined = JoinedPrompts(len(order), longest, num_steps, dtype, layers)
-    first, caches = _run_prompts(decoder, prompts, joined, keep=num_steps > 0)
+        joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
+    prefixes = _run_prefixes(decoder, prompts)
+    first, caches = _run_prompts(decoder, prompts, prefixes, joined, keep=num_steps > 0)
     if num_steps == 0:
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
@@ -123,6 +128,40 @@ def refine(
         states.append(out.last_hidden_state[:, -1])
     states = [F.pad(state, (0, 0, 0, len(order) - len(state))) for state in states]
     return _restore(torch.stack(states, dim=1), order)
+
+
+def _refine_in_groups(
+    decoder: Decoder, prompts: Sequence[PromptGroup], own_steps: Sequence[int], temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """As `refine`: every group of prompts keeps a cache of its own length."""
+    num_steps, layers = max(own_steps), _count_layers(decoder)
+    prefixes = _run_prefixes(decoder, prompts)
+    if min(own_steps) == num_steps:
+        joined = join_groups(prompts, DECODE_PADDING)
+    else:  # those with the most steps first: rows then leave at the end of their group, and nothing is copied
+        joined = [[prompt.ordered_by(lambda row: -own_steps[row])] for prompt in prompts]
+    order, firsts, groups = [], [], []
+    for group in joined:
+        order.append([row for prompt in group for row in prompt.rows])
+        longest = group[0].ids.shape[1]
+        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, for_products=True)
+        firsts.append(_run_prompts(decoder, group, prefixes, room, keep=True)[0])
+        prefix = cache_tensors(prefixes[group[0].prefix])
+        shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix]
+        masks = [F.pad(prompt.own_mask, (longest - prompt.ids.shape[1], 0)) for prompt in group]
+        groups.append(DecodeGroup(room.buffers(), torch.cat(masks), shared))
+    steps, state = GroupedSteps(decoder, groups), torch.cat(firsts)
+    rows = torch.tensor([row for members in order for row in members])
+    states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])
+    states[rows, 0] = state
+    for step in range(num_steps):
+        counts = [sum(own_steps[row] > step for row in members) for members in order]
+        if sum(counts) < len(rows):
+            kept = steps.keep(counts)
+            rows, state = rows[kept], state[kept]
+        state = steps.next_states(decoder.vocabulary.soft_token(state, temperature))
+        states[rows, step + 1] = state
+    return states
 
 
 def encode_prompt(
@@ -180,28 +219,41 @@ def encode_prompt(
     return _restore(torch.cat(vectors).unsqueeze(1), [row for prompt in prompts for row in prompt.rows])
 
 
+def _run_prefixes(decoder: Decoder, prompts: Sequence[PromptGroup]) -> dict[tuple[int, ...], DynamicCache]:
+    """Keys and values of what the rows of groups begin with, computed once for all groups that have it."""
+    prefixes: dict[tuple[int, ...], DynamicCache] = {}
+    for prompt in prompts:
+        if prompt.prefix not in prefixes:
+            prefixes[prompt.prefix] = new_cache()
+            if prompt.prefix:
+                ids = torch.tensor([prompt.prefix], device=prompt.ids.device)
+                decoder.transformer(input_ids=ids, past_key_values=prefixes[prompt.prefix], use_cache=True)
+    return prefixes
+
+
 def _run_prompts(
-    decoder: Decoder, prompts: Sequence[PromptGroup], joined: JoinedPrompts | None, *, keep: bool
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    prefixes: Mapping[tuple[int, ...], DynamicCache],
+    joined: JoinedPrompts | None,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, list[DynamicCache]]:
-    """The prompt passes of all groups.
+    """The prompt passes of groups.
 
     Args:
         decoder: The backbone, taken apart.
         prompts: The groups.
+        prefixes: Of `_run_prefixes`.
         joined: Where keys and values go, if all of them have their place already.
         keep: Whether they are wanted at all.
 
     Returns:
         h_0 of the rows in the groups' order, (B, d), and each group's cache, if they are wanted and have no place.
     """
-    prefixes: dict[tuple[int, ...], DynamicCache] = {}
     firsts, caches = [], []
     for prompt in prompts:
-        if prompt.prefix and prompt.prefix not in prefixes:  # computed once for all groups that have it
-            prefix = prefixes[prompt.prefix] = new_cache()
-            ids = torch.tensor([prompt.prefix], device=prompt.ids.device)
-            decoder.transformer(input_ids=ids, past_key_values=prefix, use_cache=True)
-        prefix = prefixes.get(prompt.prefix)
+        prefix = prefixes[prompt.prefix] if prompt.prefix else None
         if joined is not None:
             cache = joined.next_group(len(prompt.rows), prefix)
         else:
@@ -224,6 +276,11 @@ def _prompt_pass(decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, *, 
         use_cache=use_cache,
     )
     return out.last_hidden_state[:, -1]
+
+
+def _count_layers(decoder: Decoder) -> int:
+    config: Any = decoder.transformer.config
+    return config.get_text_config().num_hidden_layers
 
 
 def _restore(states: Tensor, order: list[int]) -> Tensor:

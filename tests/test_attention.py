@@ -27,10 +27,13 @@ def load(backbone: Path, **options: object) -> GIRCSE:
 
 
 @pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
 def test_attention_is_computed_in_float32_without_amx(
-    backbone: Path, amx: bool, monkeypatch: pytest.MonkeyPatch
+    backbone: Path, amx: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_module, "_has_amx", lambda: amx)
+    if not grouped:  # as in families whose layers `gircse.grouped_steps` does not know
+        monkeypatch.setattr("gircse.refiner.takes_groups", lambda decoder: False)
     seen = set()
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -43,7 +46,9 @@ def test_attention_is_computed_in_float32_without_amx(
     model = load(backbone)
     model.encode(TEXTS)
     dtype = torch.bfloat16 if amx else torch.float32
-    if RECENT:
+    if grouped:
+        assert seen == {(False, dtype, dtype)}, "soft tokens' attention is made of products"
+    elif RECENT:
         steps = (True, torch.bfloat16, torch.bfloat16)
         assert seen == {(False, dtype, dtype), steps}, "prompts in either dtype, single queries in theirs"
     else:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gircse import hardware
-from gircse.batches import DEFAULT_BATCH_TOKENS
 from gircse.cli.common import check_device, load_model
 from gircse.errors import UsageError
 from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, prompt_pass_tokens
@@ -35,15 +34,12 @@ def test_a_gpu_likewise(supported: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_batch_is_larger_where_few_rows_leave_the_hardware_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tokens, plain, gpu in (
-        (default_batch_tokens, DEFAULT_BATCH_TOKENS, 65_536),
-        (prompt_pass_tokens, 1024, 49_152),
-    ):
-        for amx in (False, True):
-            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-            assert (tokens("cpu") > plain) == amx
-            assert tokens("cpu") == plain or amx
-            assert tokens(torch.device("cuda:1")) == gpu
+    for amx, tokens in ((False, 1024), (True, 4096)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert prompt_pass_tokens("cpu") == tokens
+    assert default_batch_tokens("cpu") == 8192
+    assert default_batch_tokens(torch.device("cuda:1")) == 65_536
+    assert prompt_pass_tokens(torch.device("cuda:1")) == 49_152
 
 
 def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:

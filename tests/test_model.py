@@ -267,15 +267,17 @@ def test_the_number_of_steps_may_be_numpys(model: GIRCSE) -> None:
     num_steps=st.integers(0, 20),
     budget=st.integers(1, 2000),
     most=st.none() | st.integers(1, 9),
+    padded=st.booleans(),
 )
 @settings(deadline=None)
 def test_batches_keep_their_budget_and_lose_nothing(
-    lengths: list[int], num_steps: int, budget: int, most: int | None
+    lengths: list[int], num_steps: int, budget: int, most: int | None, padded: bool
 ) -> None:
-    batches = plan_batches(lengths, num_steps, budget, most)
+    batches = plan_batches(lengths, num_steps, budget, most, padded=padded)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        cost = (max(lengths[index] for index in batch) + num_steps) * len(batch)
+        longest = max(lengths[index] for index in batch)
+        cost = sum((longest if padded else lengths[index]) + num_steps for index in batch)
         assert len(batch) == 1 or cost <= budget
         assert most is None or len(batch) <= most
 
@@ -391,9 +393,30 @@ def test_out_of_memory_halves_the_batch(
         model.encode(texts)
 
 
-def test_batches_are_of_even_size() -> None:
-    batches = plan_batches([10] * 33, 0, 320)
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_are_of_even_size(padded: bool) -> None:
+    batches = plan_batches([10] * 33, 0, 320, padded=padded)
     assert [len(batch) for batch in batches] == [17, 16], "not 32 and 1"
+
+
+def test_short_texts_pay_nothing_for_a_long_one_where_rows_are_not_padded() -> None:
+    assert [len(plan_batches([90, *[6] * 20], 4, 300, padded=padded)) for padded in (True, False)] == [2, 1]
+
+
+def test_rows_are_not_padded_where_soft_tokens_are_written_by_groups(
+    model: GIRCSE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["long " * 30, *(f"text {number}" for number in range(12))]
+    sizes: list[int] = []
+    pad = type(model.encoder).pad
+    monkeypatch.setattr(type(model.encoder), "pad", lambda self, ids: sizes.append(len(ids)) or pad(self, ids))
+    assert not model.pads_batches
+    expected = model.encode(texts, num_steps=2, batch_tokens=150)
+    few, sizes[:] = len(sizes), []
+    monkeypatch.setattr("gircse.model.can_take_groups", lambda decoder: False)
+    assert model.pads_batches
+    assert cosines(model.encode(texts, num_steps=2, batch_tokens=150), expected).min() >= 0.99999
+    assert few < len(sizes)
 
 
 def test_weights_that_were_trained_whole_are_saved_when_frozen(backbone: Path, tmp_path: Path) -> None:

@@ -34,11 +34,23 @@ def _config(make: type, **changes: Any) -> Callable[[], Any]:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": _config(tf.LlamaConfig),
+    "llama-scaled-positions": _config(
+        tf.LlamaConfig,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "llama-tied": _config(tf.LlamaConfig, tie_word_embeddings=True),
     "qwen2": _config(tf.Qwen2Config),
     "qwen3": _config(tf.Qwen3Config, head_dim=8),
     # The window is shorter than the prompts, so that keys leave it during the soft tokens as well.
     "mistral-sliding": _config(tf.MistralConfig, sliding_window=5),
+    "mistral": _config(tf.MistralConfig, sliding_window=None),
     "mistral-wide": _config(tf.MistralConfig, sliding_window=40),
     "smollm3": _config(tf.SmolLM3Config, no_rope_layer_interval=2),
     "gemma": _config(tf.GemmaConfig, head_dim=8),

@@ -1,0 +1,177 @@
+"""Soft tokens of several groups of prompts at once: products over all rows, attention of each group over its own cache.
+
+Knows the layers of Llama and of families that are built like it; knows nothing of texts, pooling or losses.
+transformers' own pass wants one cache for all rows, padded to the longest prompt. On a CPU a step of few rows waits for
+the weights, and one over many padded rows for keys of padding: here a batch holds as many rows as its tokens allow. Of
+what transformers computes around its products, much of it once a layer, a step does what a single token needs: a third
+of the operations. The results are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gircse.attention import ATTENTION, attend_single_queries
+from gircse.decoders import Decoder
+
+LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
+"""The transformers classes whose layers `GroupedSteps` computes, all with rotary positions and RMS norms."""
+
+
+def takes_groups(decoder: Decoder) -> bool:
+    """Whether soft tokens of this decoder are written by groups: at inference, on a CPU, in a family that is known.
+
+    Layers that someone has hooked or changed stay with transformers' own pass, as do those with a sliding window.
+    """
+    return not (decoder.transformer.training or torch.is_grad_enabled()) and can_take_groups(decoder)
+
+
+def can_take_groups(decoder: Decoder) -> bool:
+    """As `takes_groups`, whatever mode the model and gradients are in now."""
+    transformer: Any = decoder.transformer
+    return (
+        decoder.vocabulary.embedding.weight.device.type == "cpu"
+        and decoder.window is None
+        and type(transformer).__name__ in LLAMA_LIKE
+        and type(transformer).__module__.startswith("transformers.models.")
+        and transformer.config._attn_implementation in (ATTENTION, "sdpa")
+        and not any(_is_changed(module) for module in _computed_here(transformer))
+    )
+
+
+def _computed_here(transformer: Any) -> list[nn.Module]:
+    """The modules whose own `forward` is not called any more."""
+    layers = list(transformer.layers)
+    return [transformer, *layers, *(layer.self_attn for layer in layers)]
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Rows whose prompts are of similar length.
+
+    Attributes:
+        cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
+        mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
+        prefix: Of every layer, as `attend_single_queries` takes it: what all prompts begin with; may be empty.
+    """
+
+    cache: Sequence[tuple[Tensor, Tensor]]
+    mask: Tensor
+    prefix: Sequence[tuple[Tensor, Tensor]] = ()
+
+    @property
+    def positions(self) -> Tensor:
+        """(b, 1): that of the first soft token."""
+        return self.mask.sum(dim=1, keepdim=True) + (self.prefix[0][0].shape[-1] if self.prefix else 0)
+
+
+class GroupedSteps:
+    """The steps of a batch, one after the other, without gradients.
+
+    Args:
+        decoder: One that `takes_groups`.
+        groups: At least one. The rows of all of them, in this order, are the batch.
+    """
+
+    def __init__(self, decoder: Decoder, groups: Sequence[DecodeGroup]) -> None:
+        self._transformer: Any = decoder.transformer
+        self._groups = [_Group(group) for group in groups]
+        self._positions = torch.cat([group.positions for group in groups])  # (B, 1)
+
+    def keep(self, rows: Sequence[int]) -> Tensor:
+        """Let the last rows of every group leave.
+
+        Args:
+            rows: How many stay, of each group.
+
+        Returns:
+            (B',): where those that stay were among all rows.
+        """
+        places, start = [], 0
+        for group, kept in zip(self._groups, rows, strict=True):
+            places.append(torch.arange(start, start + kept))
+            start += group.rows
+            group.keep(kept)
+        kept_places = torch.cat(places)
+        self._positions = self._positions[kept_places]
+        return kept_places
+
+    def next_states(self, tokens: Tensor) -> Tensor:
+        """One soft token of every row through all layers.
+
+        Args:
+            tokens: (B, d).
+
+        Returns:
+            h_k, (B, d).
+        """
+        cos, sin = self._transformer.rotary_emb(tokens.unsqueeze(1), position_ids=self._positions)  # (B, 1, d_head)
+        half = sin.shape[-1] // 2
+        turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        for group in self._groups:
+            group.show_next()
+        states = tokens
+        for index, layer in enumerate(self._transformer.layers):
+            states = states + self._attention(layer.self_attn, index, layer.input_layernorm(states), turn)
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        self._positions = self._positions + 1
+        return self._transformer.norm(states)
+
+    def _attention(self, module: Any, index: int, states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, d), of the layer with this index."""
+        shape = len(states), -1, module.head_dim
+        query, key = module.q_proj(states).view(shape), module.k_proj(states).view(shape)  # (B, heads, d_head)
+        value = module.v_proj(states).view(shape)
+        if hasattr(module, "q_norm"):
+            query, key = module.q_norm(query), module.k_norm(key)
+        query, key = _turned(query, *turn), _turned(key, *turn)
+        rows = [group.rows for group in self._groups]
+        parts = zip(self._groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
+        mixed = [group.attend(index, q, k, v, module.scaling) for group, q, k, v in parts]
+        return module.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view(len(states), -1))
+
+
+class _Group:
+    """A `DecodeGroup` on its way."""
+
+    def __init__(self, group: DecodeGroup) -> None:
+        self._cache, self._prefix = group.cache, group.prefix
+        self.rows, self._length = group.mask.shape
+        columns, _ = group.cache[0]
+        self._heads = columns.shape[1]
+        hidden = torch.full((self.rows, columns.shape[-1]), float("-inf"), dtype=columns.dtype)
+        hidden[:, : self._length].masked_fill_(group.mask == 1, 0)
+        self._mask = hidden.repeat_interleave(self._heads, dim=0).unsqueeze(1)  # (b · heads, 1, N + K)
+
+    def keep(self, rows: int) -> None:
+        self._cache = [(columns[:rows], values[:rows]) for columns, values in self._cache]
+        self._mask, self.rows = self._mask[: rows * self._heads], rows
+
+    def show_next(self) -> None:
+        """Let one position more be seen: that of the soft token whose keys and values come next."""
+        self._mask[..., self._length] = 0
+        self._length += 1
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """What the queries find in the cache of a layer, (b, heads, d_head), once the new keys and values are in it."""
+        if not self.rows:
+            return query
+        columns, values = self._cache[index]
+        columns[..., self._length - 1] = key
+        values[:, :, self._length - 1] = value
+        prefix = self._prefix[index] if self._prefix else None
+        return attend_single_queries(query, columns, values, self._mask, scaling, prefix)
+
+
+def _turned(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary positions, (B, heads, d_head); the first half of the sines has its sign changed."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)

@@ -1,0 +1,196 @@
+"""Soft tokens written by groups of rows: the same states as transformers' own pass over one padded cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from gircse import refiner
+from gircse.attention import attend_single_queries
+from gircse.cache import JoinedPrompts
+from gircse.decoders import Decoder
+from gircse.grouped_steps import GroupedSteps, takes_groups
+from gircse.prompts import PromptGroup, join_groups
+from gircse.refiner import refine
+from tests.tiny import random_batch, tiny_model
+
+KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
+LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
+
+
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every grouped step."""
+    rows: list[int] = []
+    step = GroupedSteps.next_states
+    monkeypatch.setattr(
+        GroupedSteps, "next_states", lambda self, tokens: rows.append(len(tokens)) or step(self, tokens)
+    )
+    return rows
+
+
+def plain(decoder: Decoder, *args: Any, **options: Any) -> Tensor:
+    """By transformers' own pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refiner, "takes_groups", lambda decoder: False)
+        return refine(decoder, *args, **options)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("padding", [0, 512])
+@pytest.mark.parametrize("family", KNOWN)
+def test_states_equal_transformers_own(
+    family: str, padding: int, shared: int, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refiner, "DECODE_PADDING", padding)
+    decoder = Decoder.from_model(tiny_model(family))
+    ids, mask = random_batch(LENGTHS, side="right")
+    ids[:6, :shared] = ids[0, :shared].clone()  # six rows begin alike: an instruction
+    with torch.no_grad():
+        expected = plain(decoder, ids, mask, num_steps=5, temperature=0.7, prompt_tokens=40)
+        assert not steps_taken
+        states = refine(decoder, ids, mask, num_steps=5, temperature=0.7, prompt_tokens=40)
+    assert steps_taken == [len(LENGTHS)] * 5
+    assert relative_error(states, expected) <= 1e-5
+    assert relative_error(states[:, -1], states[:, 1]) > 1e-2, "steps differ"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_leave_after_their_own_steps(family: str, steps_taken: list[int]) -> None:
+    own = [2, 0, 4, 1, 4, 3, 0, 2, 1, 0]
+    decoder = Decoder.from_model(tiny_model(family))
+    ids, mask = random_batch(LENGTHS, side="left")
+    with torch.no_grad():
+        states = refine(decoder, ids, mask, num_steps=own, prompt_tokens=24)
+        assert steps_taken == [sum(steps > step for steps in own) for step in range(4)]
+        for row, steps in enumerate(own):
+            alone = refine(decoder, ids[[row]], mask[[row]], num_steps=steps)[0]
+            assert relative_error(states[row, : steps + 1], alone) <= 1e-5
+            assert not states[row, steps + 1 :].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9),
+    shared=st.integers(0, 12),
+    num_steps=st.integers(1, 5),
+    prompt_tokens=st.none() | st.integers(1, 120),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_any_layout_gives_the_states_of_the_recompute_loop(
+    lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str
+) -> None:
+    decoder = Decoder.from_model(tiny_model("llama"))
+    lengths = [length + shared for length in lengths]
+    ids, mask = random_batch(lengths, side=side)
+    prefix = torch.arange(shared) + 5
+    for row, length in enumerate(lengths):
+        start = ids.shape[1] - length if side == "left" else 0
+        ids[row, start : start + shared] = prefix
+    with torch.no_grad():
+        expected = refiner.recompute_states(decoder, ids, mask, num_steps=num_steps)
+        states = refine(decoder, ids, mask, num_steps=num_steps, prompt_tokens=prompt_tokens)
+    assert relative_error(states, expected) <= 1e-4
+
+
+def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass() -> None:
+    ids, mask = random_batch(LENGTHS, side="left")
+    ids[:, :2] = 3
+    with torch.no_grad():
+        exact = refine(Decoder.from_model(tiny_model("llama")), ids, mask, num_steps=5)
+        decoder = Decoder.from_model(tiny_model("llama").bfloat16())
+        states = refine(decoder, ids, mask, num_steps=5, prompt_tokens=40)
+        own = plain(decoder, ids, mask, num_steps=5, prompt_tokens=40)
+    assert states.dtype == torch.bfloat16
+    assert relative_error(states, exact) <= 1.5 * relative_error(own, exact) + 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma2-softcap", "gpt2-learned-positions", "mistral-wide", "smollm3"])
+def test_other_families_keep_transformers_own_pass(family: str) -> None:
+    with torch.no_grad():
+        assert not takes_groups(Decoder.from_model(tiny_model(family)))
+
+
+def test_training_keeps_it_too() -> None:
+    model = tiny_model("llama")
+    assert not takes_groups(Decoder.from_model(model)), "gradients are on"
+    with torch.no_grad():
+        assert takes_groups(Decoder.from_model(model))
+        assert not takes_groups(Decoder.from_model(model.train()))
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+@pytest.mark.parametrize("part", ["model", "model.layers.1", "model.layers.0.self_attn"])
+def test_what_is_hooked_or_replaced_is_called(part: str, change: str) -> None:
+    ids, mask = random_batch(LENGTHS, side="left")
+    model = tiny_model("llama")
+    module: Any = model.get_submodule(part)
+    calls: list[str] = []
+    if change == "hook":
+        module.register_forward_hook(lambda *args: calls.append(change))
+    else:
+        forward = module.forward
+        module.forward = lambda *args, **options: calls.append(change) or forward(*args, **options)
+    with torch.no_grad():
+        refine(Decoder.from_model(model), ids, mask, num_steps=3)
+    assert calls == [change] * 4, "the prompt and three soft tokens"
+
+
+@pytest.mark.parametrize("prefix_length", [0, 4])
+def test_attention_of_single_queries(prefix_length: int) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    shared = [torch.randn(1, 2, prefix_length, 8) for _ in range(2)]
+    seen = torch.ones(3, 9, dtype=torch.bool)
+    seen[0, :4] = seen[:, 7:] = False
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        *(
+            torch.cat([part.expand(3, -1, -1, -1), own], dim=2).repeat_interleave(3, dim=1)
+            for part, own in zip(shared, (keys, values), strict=True)
+        ),
+        attn_mask=torch.cat([torch.ones(3, prefix_length, dtype=torch.bool), seen], dim=1)[:, None, None],
+        scale=0.3,
+    )
+    mask = torch.zeros(3, 9).masked_fill_(~seen, float("-inf")).repeat_interleave(2, dim=0).unsqueeze(1)
+    prefix = (shared[0][0].mT.contiguous(), shared[1][0]) if prefix_length else None
+    found = attend_single_queries(query.squeeze(2), keys.mT.contiguous(), values, mask, 0.3, prefix)
+    torch.testing.assert_close(found, expected.squeeze(2))
+
+
+def test_what_no_position_has_written_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are masked, but what is no number would stay none."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan")))
+    prompts = JoinedPrompts(3, 5, 2, torch.float32, 1, for_products=True)
+    for rows, length in ((2, 5), (1, 3)):
+        states = torch.ones(rows, 2, length, 4)
+        prompts.next_group(rows).update(states, 2 * states, 0)
+    ((columns, values),) = prompts.buffers()
+    assert columns.shape == (3, 2, 4, 7)
+    assert values.shape == (3, 2, 7, 4)
+    assert columns.is_contiguous()
+    assert values.is_contiguous()
+    assert torch.equal(columns[:, 0, 0], torch.tensor([[1.0] * 5 + [0, 0]] * 2 + [[0, 0, 1, 1, 1, 0, 0]]))
+    assert torch.equal(values.mT, 2 * columns)
+
+
+def test_groups_are_joined_where_that_is_little_padding() -> None:
+    def group(rows: int, length: int, prefix: tuple[int, ...] = ()) -> PromptGroup:
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return PromptGroup(list(range(rows)), ids, torch.ones(rows, len(prefix) + length), prefix)
+
+    groups = [group(2, 30, (7,)), group(2, 25, (7,)), group(3, 24), group(1, 20), group(4, 19), group(1, 2)]
+    joined = join_groups(groups, 20)
+    assert [[len(part.rows) for part in parts] for parts in joined] == [[2, 2], [3, 1], [4, 1]]
+    assert [part for parts in joined for part in parts] == groups
+    assert join_groups(groups, -1) == [[part] for part in groups]
