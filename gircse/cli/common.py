@@ -24,9 +24,7 @@ ModelOption = Annotated[
 InstructionOption = Annotated[str | None, typer.Option("--instruction", help="What the vector should be about.")]
 BatchTokensOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Padded tokens of a batch: what bounds memory. If not given 4096, with AMX 8192, on a GPU 65536."
-    ),
+    typer.Option(min=1, help="Padded tokens of a batch: what bounds memory. If not given 8192, on a GPU 65536."),
 ]
 NumStepsOption = Annotated[
     int | None, typer.Option("--num-steps", min=0, help="Refinement steps K; the model's where not given.")
