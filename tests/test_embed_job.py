@@ -82,15 +82,19 @@ def test_every_text_gets_its_own_vector_in_input_order(corpus: Path, texts: list
     assert summary.tokens == sum(min(40, len(text) + 3) for text in texts)
 
 
-def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_path: Path, padded: bool) -> None:
     class Recording(HashingModel):
+        pads_batches = padded
+
         def encode_tokenized(self, tokenized: Any, **options: Any) -> np.ndarray:
             batches.append([len(ids) + 2 for ids in tokenized.ids])
             return super().encode_tokenized(tokenized, **options)
 
     batches: list[list[int]] = []
     run(corpus, tmp_path / "a.npy", model=Recording(), batch_tokens=150, shard_size=20)
-    assert all(max(batch) * len(batch) <= 150 for batch in batches)
+    assert all((max(batch) * len(batch) if padded else sum(batch)) <= 150 for batch in batches)
+    assert padded == all(max(batch) * len(batch) <= 150 for batch in batches), "padding counts where there is some"
     ends = np.cumsum([len(batch) for batch in batches])
     assert {20, 40, 50} <= set(ends.tolist())
 

@@ -184,6 +184,20 @@ def test_what_no_position_has_written_is_zero(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(values.mT, 2 * columns)
 
 
+def test_a_cpu_attends_to_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+    make = GroupedSteps.__init__
+    monkeypatch.setattr(
+        GroupedSteps, "__init__", lambda self, decoder, parts: groups.append(len(parts)) or make(self, decoder, parts)
+    )
+    decoder, batch = Decoder.from_model(tiny_model("llama")), random_batch(LENGTHS, side="left")
+    for padding in (refiner.DECODE_PADDING, 0):
+        monkeypatch.setattr(refiner, "DECODE_PADDING", padding)
+        with torch.no_grad():
+            refine(decoder, *batch, num_steps=1, prompt_tokens=24)
+    assert groups[0] == 1 < groups[1]
+
+
 def test_groups_are_joined_where_that_is_little_padding() -> None:
     def group(rows: int, length: int, prefix: tuple[int, ...] = ()) -> PromptGroup:
         ids = torch.zeros(rows, length, dtype=torch.long)

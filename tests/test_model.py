@@ -393,6 +393,23 @@ def test_out_of_memory_halves_the_batch(
         model.encode(texts)
 
 
+def test_half_of_a_batch_of_unlike_lengths_is_half_of_what_it_holds(
+    model: GIRCSE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, tried = type(model.encoder).forward, []
+
+    def small_machine(self: object, features: dict, **kwargs: object) -> dict:
+        tried.append(len(features["input_ids"]))
+        assert len(tried) < 20, "the same batch again and again"
+        if len(features["input_ids"]) > 8:
+            raise torch.OutOfMemoryError
+        return original(self, features, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.encoder), "forward", small_machine)
+    assert len(model.encode(["long " * 40, *(f"text {number}" for number in range(12))], num_steps=1)) == 13
+    assert tried[0] == 13
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_batches_are_of_even_size(padded: bool) -> None:
     batches = plan_batches([10] * 33, 0, 320, padded=padded)
