@@ -41,31 +41,32 @@ def plan_batches(
     if budget < 1:
         raise UsageError(f"batch_tokens must be 1 or more, not {budget}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    costs = [length + num_steps for length in lengths]
-    batches = _fill(order, costs, budget, max_batch, padded)
+    batches = _fill(order, lengths, num_steps, budget, max_batch, padded)
     if len(batches) > 1:
         # The last batch takes what is left, often a few rows, and small batches are slow: even them out.
-        even = -(-sum(_cost(batch, costs, padded) for batch in batches) // len(batches))
-        evened = _fill(order, costs, min(budget, even + costs[order[0]]), max_batch, padded)
+        whole = sum(batch_cost([lengths[i] for i in batch], num_steps, padded=padded) for batch in batches)
+        even = -(-whole // len(batches)) + lengths[order[0]] + num_steps
+        evened = _fill(order, lengths, num_steps, min(budget, even), max_batch, padded)
         if len(evened) == len(batches):
             return evened
     return batches
 
 
+def batch_cost(lengths: Sequence[int], num_steps: int, *, padded: bool = True) -> int:
+    """What a batch takes of its budget: tokens of its prompts, with their padding where it is kept, and soft tokens."""
+    return (max(lengths) * len(lengths) if padded else sum(lengths)) + num_steps * len(lengths)
+
+
 def _fill(
-    order: Sequence[int], costs: Sequence[int], budget: int, max_batch: int | None, padded: bool
+    order: Sequence[int], lengths: Sequence[int], num_steps: int, budget: int, max_batch: int | None, padded: bool
 ) -> list[list[int]]:
     batches: list[list[int]] = []
     cost = 0
     for index in order:
-        added = costs[batches[-1][0]] if batches and padded else costs[index]
+        added = lengths[batches[-1][0] if batches and padded else index] + num_steps
         if not batches or cost + added > budget or len(batches[-1]) == max_batch:
             batches.append([])
-            cost, added = 0, costs[index]
+            cost, added = 0, lengths[index] + num_steps
         batches[-1].append(index)
         cost += added
     return batches
-
-
-def _cost(batch: Sequence[int], costs: Sequence[int], padded: bool) -> int:
-    return costs[batch[0]] * len(batch) if padded else sum(costs[index] for index in batch)

@@ -165,9 +165,7 @@ class _ForgetfulLayer(DynamicLayer):
     """For a pass whose last state is all that is wanted."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        return _after(self.keys, key_states), _after(self.values, value_states)
 
 
 class JoinedPrompts:
@@ -313,7 +311,7 @@ class _PromptLayer(DynamicLayer):
 
 
 def _after(prefix: Tensor | None, states: Tensor) -> Tensor:
-    """(b, heads, P + N, head_dim) from one row of a prefix and (b, heads, N, head_dim)."""
+    """(b, heads, P + N, head_dim) from a prefix of one row or b, and (b, heads, N, head_dim)."""
     return states if prefix is None else torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=2)
 
 

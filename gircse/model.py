@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from gircse.batches import plan_batches
+from gircse.batches import batch_cost, plan_batches
 from gircse.checkpoint import BackboneReference, RefinementConfig
 from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
@@ -388,8 +388,7 @@ class GIRCSE(SentenceTransformer):
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     self._check_out_of_memory(len(batch), error)
                     left = [index for group in (batch, *batches) for index in group]
-                    longest = max(lengths[index] for index in batch)
-                    budget = sum((longest if self.pads_batches else lengths[index]) + steps for index in batch) // 2
+                    budget = batch_cost([lengths[index] for index in batch], steps, padded=self.pads_batches) // 2
                     planned = plan([lengths[index] for index in left], batch_tokens=budget)
                     batches = [[left[place] for place in group] for group in planned]
                     continue

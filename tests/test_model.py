@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from gircse.batches import plan_batches
 from gircse.cache import expand_cache
 from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
@@ -263,26 +262,6 @@ def test_the_number_of_steps_may_be_numpys(model: GIRCSE) -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 400), max_size=60),
-    num_steps=st.integers(0, 20),
-    budget=st.integers(1, 2000),
-    most=st.none() | st.integers(1, 9),
-    padded=st.booleans(),
-)
-@settings(deadline=None)
-def test_batches_keep_their_budget_and_lose_nothing(
-    lengths: list[int], num_steps: int, budget: int, most: int | None, padded: bool
-) -> None:
-    batches = plan_batches(lengths, num_steps, budget, most, padded=padded)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        cost = sum((longest if padded else lengths[index]) + num_steps for index in batch)
-        assert len(batch) == 1 or cost <= budget
-        assert most is None or len(batch) <= most
-
-
-@given(
     texts=st.lists(st.text(max_size=30), min_size=1, max_size=8),
     prompt=st.sampled_from(["", "Instruct: x\nQuery:", "Instruct: something long\nQuery:"]),
     num_steps=st.integers(0, 3),
@@ -408,16 +387,6 @@ def test_half_of_a_batch_of_unlike_lengths_is_half_of_what_it_holds(
     monkeypatch.setattr(type(model.encoder), "forward", small_machine)
     assert len(model.encode(["long " * 40, *(f"text {number}" for number in range(12))], num_steps=1)) == 13
     assert tried[0] == 13
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_batches_are_of_even_size(padded: bool) -> None:
-    batches = plan_batches([10] * 33, 0, 320, padded=padded)
-    assert [len(batch) for batch in batches] == [17, 16], "not 32 and 1"
-
-
-def test_short_texts_pay_nothing_for_a_long_one_where_rows_are_not_padded() -> None:
-    assert [len(plan_batches([90, *[6] * 20], 4, 300, padded=padded)) for padded in (True, False)] == [2, 1]
 
 
 def test_rows_are_not_padded_where_soft_tokens_are_written_by_groups(
