@@ -102,11 +102,11 @@ class _Append(torch.autograd.Function):
 
 
 def _joined(groups: Sequence[Tensor], length: int, capacity: int, dtype: torch.dtype) -> Tensor:
-    """As `_stack_into`, differentiable."""
+    """As `stack_into`, differentiable."""
     return torch.cat([F.pad(group.to(dtype), (0, 0, length - group.shape[2], capacity - length)) for group in groups])
 
 
-def _stack_into(groups: Sequence[Tensor], length: int, capacity: int, dtype: torch.dtype) -> Tensor:
+def stack_into(groups: Sequence[Tensor], length: int, capacity: int, dtype: torch.dtype) -> Tensor:
     """(sum of rows, heads, capacity, head_dim) with every group ending at `length`."""
     rows, first = sum(len(group) for group in groups), groups[0]
     buffer = first.new_zeros(rows, first.shape[1], capacity, first.shape[3], dtype=dtype)
@@ -132,7 +132,7 @@ def join_caches(caches: Sequence[DynamicCache], length: int, room: int, dtype: t
     joined = DynamicCache()
     for index in range(len(caches[0].layers)):
         keys, values = zip(*(_layer(cache, index) for cache in caches), strict=True)
-        stack = _joined if torch.is_grad_enabled() else _stack_into
+        stack = _joined if torch.is_grad_enabled() else stack_into
         keys, values = (stack(groups, length, length + room, dtype) for groups in (keys, values))
         joined.layers.append(PreallocatedLayer(keys, values, length))
         for cache in caches:  # the copies are made: free the originals layer by layer

@@ -10,8 +10,7 @@ of the operations. The results are the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +23,19 @@ LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"
 
 
 def takes_groups(decoder: Decoder) -> bool:
-    """Whether soft tokens of this decoder are written by groups: at inference, on a CPU, in a family that is known.
+    """Whether soft tokens of this decoder are written by groups: on a CPU, in a family that is known.
 
-    Layers that someone has hooked or changed stay with transformers' own pass, as do those with a sliding window.
+    Layers that someone has hooked or changed stay with transformers' own pass, as do those with a sliding window or, in
+    training, dropout of attention.
     """
-    return not (decoder.transformer.training or torch.is_grad_enabled()) and can_take_groups(decoder)
-
-
-def can_take_groups(decoder: Decoder) -> bool:
-    """As `takes_groups`, whatever mode the model and gradients are in now."""
     transformer: Any = decoder.transformer
+    drops = transformer.training and getattr(transformer.config, "attention_dropout", 0.0)
     return (
-        decoder.vocabulary.embedding.weight.device.type == "cpu"
+        not drops
+        and not torch.is_autocast_enabled("cpu")
+        and decoder.vocabulary.embedding.weight.device.type == "cpu"
         and decoder.window is None
         and type(transformer).__name__ in LLAMA_LIKE
-        and type(transformer).__module__.startswith("transformers.models.")
         and transformer.config._attn_implementation in (ATTENTION, "sdpa")
         and not any(_is_changed(module) for module in _computed_here(transformer))
     )
@@ -51,40 +48,53 @@ def _computed_here(transformer: Any) -> list[nn.Module]:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    """Hooked, replaced, or wrapped by what shards its weights."""
+    known = type(module).__module__.startswith("transformers.models.")
+    return not known or bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
-@dataclass(frozen=True)
-class DecodeGroup:
-    """Rows whose prompts are of similar length.
+class StepGroup(Protocol):
+    """Rows whose prompts are of similar length, and what their soft tokens attend to.
 
     Attributes:
-        cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
-        mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
-        prefix: Of every layer, as `attend_single_queries` takes it: what all prompts begin with; may be empty.
+        rows: How many.
+        positions: (rows, 1): that of the first soft token.
     """
 
-    cache: Sequence[tuple[Tensor, Tensor]]
-    mask: Tensor
-    prefix: Sequence[tuple[Tensor, Tensor]] = ()
+    rows: int
+    positions: Tensor
 
-    @property
-    def positions(self) -> Tensor:
-        """(b, 1): that of the first soft token."""
-        return self.mask.sum(dim=1, keepdim=True) + (self.prefix[0][0].shape[-1] if self.prefix else 0)
+    def keep(self, rows: int) -> None:
+        """Let all but the first rows leave."""
+        ...
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """What the queries of new soft tokens find in a layer, once the tokens' own keys and values are there.
+
+        Args:
+            index: Of the layer; every step asks the first one first.
+            query: (rows, heads, d_head).
+            key: (rows, key-value heads, d_head).
+            value: As `key`.
+            scaling: Of scores.
+
+        Returns:
+            (rows, heads, d_head), in the dtype of the query.
+        """
+        ...
 
 
 class GroupedSteps:
-    """The steps of a batch, one after the other, without gradients.
+    """The steps of a batch, one after the other. Differentiable where its groups are.
 
     Args:
         decoder: One that `takes_groups`.
         groups: At least one. The rows of all of them, in this order, are the batch.
     """
 
-    def __init__(self, decoder: Decoder, groups: Sequence[DecodeGroup]) -> None:
+    def __init__(self, decoder: Decoder, groups: Sequence[StepGroup]) -> None:
         self._transformer: Any = decoder.transformer
-        self._groups = [_Group(group) for group in groups]
+        self._groups = groups
         self._positions = torch.cat([group.positions for group in groups])  # (B, 1)
 
     def keep(self, rows: Sequence[int]) -> Tensor:
@@ -117,8 +127,6 @@ class GroupedSteps:
         cos, sin = self._transformer.rotary_emb(tokens.unsqueeze(1), position_ids=self._positions)  # (B, 1, d_head)
         half = sin.shape[-1] // 2
         turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        for group in self._groups:
-            group.show_next()
         states = tokens
         for index, layer in enumerate(self._transformer.layers):
             states = states + self._attention(layer.self_attn, index, layer.input_layernorm(states), turn)
@@ -140,29 +148,40 @@ class GroupedSteps:
         return module.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view(len(states), -1))
 
 
-class _Group:
-    """A `DecodeGroup` on its way."""
+class DecodeGroup:
+    """A `StepGroup` at inference: keys and values are written into a cache.
 
-    def __init__(self, group: DecodeGroup) -> None:
-        self._cache, self._prefix = group.cache, group.prefix
-        self.rows, self._length = group.mask.shape
-        columns, _ = group.cache[0]
+    Args:
+        cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
+        mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
+        prefix: Of every layer, as `attend_single_queries` takes it: what all prompts begin with; may be empty.
+    """
+
+    def __init__(
+        self,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        mask: Tensor,
+        prefix: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        self._cache, self._prefix = cache, prefix
+        self.rows, self._length = mask.shape
+        self.positions = mask.sum(dim=1, keepdim=True) + (prefix[0][0].shape[-1] if prefix else 0)
+        columns, _ = cache[0]
         self._heads = columns.shape[1]
         hidden = torch.full((self.rows, columns.shape[-1]), float("-inf"), dtype=columns.dtype)
-        hidden[:, : self._length].masked_fill_(group.mask == 1, 0)
+        hidden[:, : self._length].masked_fill_(mask == 1, 0)
         self._mask = hidden.repeat_interleave(self._heads, dim=0).unsqueeze(1)  # (b · heads, 1, N + K)
 
     def keep(self, rows: int) -> None:
+        """As `StepGroup.keep`."""
         self._cache = [(columns[:rows], values[:rows]) for columns, values in self._cache]
         self._mask, self.rows = self._mask[: rows * self._heads], rows
 
-    def show_next(self) -> None:
-        """Let one position more be seen: that of the soft token whose keys and values come next."""
-        self._mask[..., self._length] = 0
-        self._length += 1
-
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """What the queries find in the cache of a layer, (b, heads, d_head), once the new keys and values are in it."""
+        """As `StepGroup.attend`."""
+        if index == 0:  # the next position is seen from here on
+            self._mask[..., self._length] = 0
+            self._length += 1
         if not self.rows:
             return query
         columns, values = self._cache[index]

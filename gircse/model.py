@@ -24,7 +24,7 @@ from gircse.checkpoint import BackboneReference, RefinementConfig
 from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
-from gircse.grouped_steps import can_take_groups
+from gircse.grouped_steps import takes_groups
 from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
 from gircse.texts import as_texts, is_single
@@ -345,7 +345,7 @@ class GIRCSE(SentenceTransformer):
     @property
     def pads_batches(self) -> bool:
         """Whether rows of a batch are padded to its longest: not where soft tokens are written by groups of rows."""
-        return not can_take_groups(self.encoder.decoder)
+        return not takes_groups(self.encoder.decoder)
 
     @torch.inference_mode()
     def _run_batches(

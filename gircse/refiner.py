@@ -21,6 +21,7 @@ from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.grouped_steps import DecodeGroup, GroupedSteps, takes_groups
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
+from gircse.trained_steps import TrainedGroup
 
 Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
 """How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k. Without
@@ -88,7 +89,11 @@ def refine(
     if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
         graphs = None
     if num_steps and graphs is None and takes_groups(decoder):
-        return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
+        if not (decoder.transformer.training or torch.is_grad_enabled()):
+            return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
+        # Gradient caching takes a pass without gradients first, which must round as the one with them.
+        if min(own_steps) == num_steps:
+            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
@@ -162,6 +167,24 @@ def _refine_in_groups(
         state = steps.next_states(decoder.vocabulary.soft_token(state, temperature))
         states[rows, step + 1] = state
     return states
+
+
+def _refine_in_training(
+    decoder: Decoder, prompts: Sequence[PromptGroup], num_steps: int, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """As `_refine_in_groups`, differentiable; all rows have the same K."""
+    prefixes = _run_prefixes(decoder, prompts)
+    firsts, groups = [], []
+    for group in join_groups(prompts, DECODE_PADDING):
+        first, caches = _run_prompts(decoder, group, prefixes, None, keep=True)
+        longest = max(prompt.mask.shape[1] for prompt in group)
+        mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in group])
+        groups.append(TrainedGroup([cache_tensors(cache) for cache in caches], mask, dtype))
+        firsts.append(first)
+    steps, states = GroupedSteps(decoder, groups), [torch.cat(firsts)]
+    for _ in range(num_steps):
+        states.append(steps.next_states(decoder.vocabulary.soft_token(states[-1], temperature)))
+    return _restore(torch.stack(states, dim=1), [row for prompt in prompts for row in prompt.rows])
 
 
 def encode_prompt(

@@ -120,12 +120,17 @@ def test_other_families_keep_transformers_own_pass(family: str) -> None:
         assert not takes_groups(Decoder.from_model(tiny_model(family)))
 
 
-def test_training_keeps_it_too() -> None:
+def test_what_drops_attention_in_training_keeps_it_there() -> None:
     model = tiny_model("llama")
-    assert not takes_groups(Decoder.from_model(model)), "gradients are on"
-    with torch.no_grad():
-        assert takes_groups(Decoder.from_model(model))
-        assert not takes_groups(Decoder.from_model(model.train()))
+    model.config.attention_dropout = 0.1
+    decoder = Decoder.from_model(model)
+    assert takes_groups(decoder)
+    model.train()
+    assert not takes_groups(decoder), "random numbers"
+    model.config.attention_dropout = 0.0
+    assert takes_groups(decoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not takes_groups(decoder)
 
 
 @pytest.mark.parametrize("change", ["hook", "forward"])

@@ -399,7 +399,7 @@ def test_rows_are_not_padded_where_soft_tokens_are_written_by_groups(
     assert not model.pads_batches
     expected = model.encode(texts, num_steps=2, batch_tokens=150)
     few, sizes[:] = len(sizes), []
-    monkeypatch.setattr("gircse.model.can_take_groups", lambda decoder: False)
+    monkeypatch.setattr("gircse.model.takes_groups", lambda decoder: False)
     assert model.pads_batches
     assert cosines(model.encode(texts, num_steps=2, batch_tokens=150), expected).min() >= 0.99999
     assert few < len(sizes)

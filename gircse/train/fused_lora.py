@@ -2,7 +2,8 @@
 
 Knows peft's linear LoRA layers; knows nothing of models or losses. peft computes x·Wᵀ, then scales and adds the
 update in passes of their own over the large output, forward and backward. Here the thin products are accumulated into
-the large one's result.
+the large one's result. And the gradients of A and B are computed once for all soft tokens of a batch: a step has few
+rows, and each of its products costs what it takes to begin one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gircse.packed_weights import PackedWeights
+from gircse.trained_steps import Collected
+
+MOST_COLLECTED_ROWS = 128
+"""Of a step. More are worth products of their own, and collecting takes memory."""
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W and b."""
+    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W and b.
+
+    With `collected` the gradients of A and B are left to a `_LateGradients`, which takes their place among the inputs.
+    """
 
     @staticmethod
     def forward(
@@ -34,6 +42,7 @@ class _LoraProduct(torch.autograd.Function):
         rounded: tuple[Tensor, Tensor],
         scale: float,
         packed: PackedWeights,
+        collected: Collected | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         a_x, b_x = rounded  # A and B in the dtype of x
@@ -43,7 +52,7 @@ class _LoraProduct(torch.autograd.Function):
             out = F.linear(rows, weight, bias)
         out.addmm_(low, b_x.T, alpha=scale)
         ctx.save_for_backward(rows, weight, a_x, b_x, low)
-        ctx.scale, ctx.shape, ctx.packed, ctx.dtype = scale, x.shape, packed, a.dtype
+        ctx.scale, ctx.shape, ctx.packed, ctx.dtype, ctx.collected = scale, x.shape, packed, a.dtype, collected
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -54,8 +63,33 @@ class _LoraProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a_x).view(ctx.shape)
-        grad_a, grad_b = low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale)
-        return grad_x, None, None, grad_a.to(ctx.dtype), grad_b.to(ctx.dtype), None, None, None
+        others = None, None, None, None
+        if ctx.collected is not None:
+            ctx.collected.add(low_grad, rows, grad, low)
+            return grad_x, None, None, None, None, *others
+        return grad_x, None, None, *_adapter_gradients(low_grad, rows, grad, low, ctx.scale, ctx.dtype), *others
+
+
+def _adapter_gradients(
+    low_grad: Tensor, rows: Tensor, grad: Tensor, low: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of A and B."""
+    return (low_grad.T @ rows).to(dtype), (grad.T @ low).mul_(scale).to(dtype)
+
+
+class _LateGradients(torch.autograd.Function):
+    """Stands for A and B in all steps of a batch, and computes their gradients once the last step has left its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, collected: Collected, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # the steps give none
+        ctx.collected, ctx.scale, ctx.dtype = collected, scale, a.dtype
+        return a.new_empty(0), b.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows = [torch.cat(part) for part in zip(*ctx.collected.take(), strict=True)]
+        return None, *_adapter_gradients(*rows, ctx.scale, ctx.dtype), None  # type: ignore[call-arg]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -80,16 +114,20 @@ def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> 
     return grad @ weight if out is None else out
 
 
-class _Rounded:
-    """Adapters in the dtype of the weights under them, made once a forward pass of the model and not once a soft token.
+class _Pass:
+    """What is made once a forward pass of the model and not once a soft token.
 
-    They stay at their places in memory, where recorded steps read them. Outside of a forward pass none is given: the
-    weights may have changed.
+    Adapters in the dtype of the weights under them stay at their places in memory, where recorded steps read them.
+    Outside of a forward pass none is given: the weights may have changed.
+
+    Args:
+        layers: Those whose adapters have another dtype.
     """
 
     def __init__(self, layers: list[Linear]) -> None:
         self._layers = layers
         self._pairs: dict[Linear, tuple[Tensor, Tensor]] = {}
+        self._late: dict[Linear, tuple[Tensor, Tensor, Collected]] = {}
         self._running = False
 
     @torch.no_grad()
@@ -111,8 +149,25 @@ class _Rounded:
 
     def end(self, *_: Any) -> None:
         self._running = False
+        self._late.clear()
 
-    def of(self, layer: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def late(self, layer: Linear, rows: Tensor) -> tuple[Tensor, Tensor, Collected] | None:
+        """What takes the place of A and B in a step, and where it leaves its rows; None where nothing is collected.
+
+        Args:
+            layer: Of the backbone.
+            rows: What it multiplies. Only soft tokens that are written by groups come without a dimension of positions.
+        """
+        soft_tokens = rows.dim() == 2 and rows.device.type == "cpu" and len(rows) <= MOST_COLLECTED_ROWS
+        if not (self._running and soft_tokens and torch.is_grad_enabled()):
+            return None
+        if layer not in self._late:
+            collected, scale = Collected(), layer.scaling[layer.active_adapters[0]]
+            pair = cast(tuple[Tensor, Tensor], _LateGradients.apply(collected, *_adapter(layer), scale))
+            self._late[layer] = (*pair, collected)
+        return self._late[layer]
+
+    def adapter(self, layer: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B of a layer."""
         if self._running and (kept := self._pairs.get(layer)) is not None:
             return kept
@@ -141,13 +196,13 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
     """
     packed = PackedWeights() if packed is None else packed
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and _is_plain(layer)]
-    rounded = _Rounded([layer for layer in layers if _adapter(layer)[0].dtype != layer.get_base_layer().weight.dtype])
+    current = _Pass([layer for layer in layers if _adapter(layer)[0].dtype != layer.get_base_layer().weight.dtype])
     heads = [layer for name, layer in model.named_modules() if _is_frozen_head(layer, name)]
     for layer in layers:
-        layer.forward = partial(_forward, layer, layer.forward, packed, rounded)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, layer.forward, packed, current)  # type: ignore[method-assign]
     for head in heads:
         head.forward = partial(_frozen_forward, head, packed)  # type: ignore[method-assign]
-    hooks = [model.register_forward_pre_hook(rounded.begin), model.register_forward_hook(rounded.end, always_call=True)]
+    hooks = [model.register_forward_pre_hook(current.begin), model.register_forward_hook(current.end, always_call=True)]
     try:
         yield len(layers)
     finally:
@@ -189,7 +244,7 @@ def _forward(
     layer: Linear,
     original: Callable[..., Tensor],
     packed: PackedWeights,
-    rounded: _Rounded,
+    current: _Pass,
     x: Tensor,
     *args: Any,
     **kwargs: Any,
@@ -202,5 +257,6 @@ def _forward(
         or x.dtype != base.weight.dtype
     ):
         return original(x, *args, **kwargs)
-    pair, scale = rounded.of(layer, x.dtype), layer.scaling[layer.active_adapters[0]]
-    return _LoraProduct.apply(x, base.weight, base.bias, *_adapter(layer), pair, scale, packed)  # type: ignore[return-value]
+    rounded, scale = current.adapter(layer, x.dtype), layer.scaling[layer.active_adapters[0]]
+    adapter = current.late(layer, x) or (*_adapter(layer), None)
+    return _LoraProduct.apply(x, base.weight, base.bias, *adapter[:2], rounded, scale, packed, adapter[2])  # type: ignore[return-value]

@@ -250,8 +250,8 @@ def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any]
     rate = matrix_rate(dtype=getattr(torch, recipe.training.dtype), device=device)
     element = 2 if recipe.training.dtype == "bfloat16" else 4
     of_a_token = sum(module.in_features + module.out_features for module in linears) * element
-    if element < 4 and device == "cpu":  # norms and attention keep what they compute in float32; a GPU's are fused
-        of_a_token += config.num_hidden_layers * config.hidden_size * 8 * 4
+    if element < 4 and device == "cpu":  # attention keeps what it computes in float32
+        of_a_token += config.num_hidden_layers * config.hidden_size * 6 * 4
     packed = 2 * element * (layers + head) if _packs_weights(recipe) else 0  # as they are, and transposed for gradients
     memory = (
         parameters * element
