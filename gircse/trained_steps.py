@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
         asked, weights, keys, values, own_keys, own_values = ctx.saved_tensors
         out = gradient.to(asked.dtype).reshape(asked.shape)
         change = torch.cat([torch.bmm(out, values.mT), torch.bmm(out, own_values.mT)], dim=-1)
-        change = torch._softmax_backward_data(change, weights, -1, weights.dtype)  # of the scores
+        change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)  # of the scores
         (prompt, own), (of_prompt, of_own) = (x.tensor_split([keys.shape[1]], dim=-1) for x in (weights, change))
         query = torch.bmm(of_prompt, keys).baddbmm_(of_own, own_keys).mul_(ctx.scaling)
         ctx.collected.add(of_prompt, asked, prompt, out)

@@ -150,6 +150,32 @@ def test_what_is_hooked_or_replaced_is_called(part: str, change: str) -> None:
     assert calls == [change] * 4, "the prompt and three soft tokens"
 
 
+def test_what_is_wrapped_is_called() -> None:
+    """As by FSDP, whose wrappers gather a layer's weights when they are called, and pass on its attributes."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.inside = module
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inside, name)
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            calls.append(1)
+            return self.inside(*args, **options)
+
+    calls: list[int] = []
+    model: Any = tiny_model("llama")
+    model.model.layers[1] = Wrapped(model.model.layers[1])
+    with torch.no_grad():
+        refine(Decoder.from_model(model), *random_batch(LENGTHS), num_steps=3)
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("prefix_length", [0, 4])
 def test_attention_of_single_queries(prefix_length: int) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +115,32 @@ def test_any_layout_has_the_gradients_of_the_recompute_loop(
         start = ids.shape[1] - length if side == "left" else 0
         ids[row, start : start + shared] = torch.arange(shared) + 5
     decoder, results = Decoder.from_model(model), []
-    for run, options in ((recompute_states, {}), (refine, {"prompt_tokens": prompt_tokens})):
-        states = run(decoder, ids, mask, num_steps=num_steps, **options)
+    for run in (recompute_states, partial(refine, prompt_tokens=prompt_tokens)):
+        states = run(decoder, ids, mask, num_steps=num_steps)
         weighed(states).backward()
         results.append((states.detach(), gradients(model)))
     assert relative_error(results[1][0], results[0][0]) <= 1e-4
     assert_same_gradients(results[1][1], results[0][1])
 
 
-def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass(plain: pytest.MonkeyPatch) -> None:
-    ids, mask = random_batch(LENGTHS, side="left")
-    found = []
-    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
-        model: Any = tiny_model("llama")
-        model.to(dtype).train()
-        states = refine(Decoder.from_model(model), ids, mask, num_steps=4, prompt_tokens=40)
-        assert states.dtype == dtype
-        weighed(states).backward()
-        found.append(torch.cat([gradient.float().flatten() for gradient in gradients(model).values()]))
-        if len(found) == 2:
-            plain.undo()
-    assert relative_error(found[2], found[0]) <= 1.5 * relative_error(found[1], found[0])
+def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass() -> None:
+    """On average: the gradients of one random model may be twice as near by either."""
+    errors: list[tuple[float, float]] = []
+    for seed in range(6):
+        batch, found = random_batch(LENGTHS, seed=seed), []
+        for dtype, groups in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+            model: Any = tiny_model("llama", seed)
+            decoder = Decoder.from_model(model.to(dtype).train())
+            with pytest.MonkeyPatch.context() as patch:
+                if not groups:
+                    patch.setattr(refiner, "takes_groups", lambda decoder: False)
+                states = refine(decoder, *batch, num_steps=4, prompt_tokens=40)
+            assert states.dtype == dtype
+            weighed(states).backward()
+            found.append(torch.cat([gradient.float().flatten() for gradient in gradients(model).values()]))
+        errors.append((relative_error(found[1], found[0]), relative_error(found[2], found[0])))
+    own, by_groups = torch.tensor(errors).mean(dim=0)
+    assert by_groups <= 1.5 * own
 
 
 @pytest.mark.parametrize("until", [0, 1, 3])
@@ -176,7 +182,7 @@ def test_rows_with_a_k_of_their_own_are_trained_by_transformers_own_pass(steps_t
     decoder, (ids, mask) = Decoder.from_model(tiny_model("llama").train()), random_batch([5, 9, 3])
     states = refine(decoder, ids, mask, num_steps=[2, 0, 3])
     assert not steps_taken
-    assert relative_error(states[2], recompute_states(decoder, ids, mask, num_steps=3)[2]) <= 1e-4
+    assert relative_error(states[2].detach(), recompute_states(decoder, ids, mask, num_steps=3)[2].detach()) <= 1e-4
 
 
 @pytest.mark.parametrize("most_rows", [128, 5])
