@@ -44,7 +44,7 @@ def takes_groups(decoder: Decoder) -> bool:
 def _computed_here(transformer: Any) -> list[nn.Module]:
     """The modules whose own `forward` is not called any more."""
     layers = list(transformer.layers)
-    return [transformer, *layers, *(layer.self_attn for layer in layers)]
+    return [transformer, *layers, *(part for layer in layers for part in (layer.self_attn, layer.mlp))]
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -130,22 +130,23 @@ class GroupedSteps:
         states = tokens
         for index, layer in enumerate(self._transformer.layers):
             states = states + self._attention(layer.self_attn, index, layer.input_layernorm(states), turn)
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
+            gate, up = _products(layer.post_attention_layernorm(states), layer.mlp.gate_proj, layer.mlp.up_proj)
+            states = states + _products(layer.mlp.act_fn(gate) * up, layer.mlp.down_proj)[0]
         self._positions = self._positions + 1
         return self._transformer.norm(states)
 
     def _attention(self, module: Any, index: int, states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """(B, d), of the layer with this index."""
-        shape = len(states), -1, module.head_dim
-        query, key = module.q_proj(states).view(shape), module.k_proj(states).view(shape)  # (B, heads, d_head)
-        value = module.v_proj(states).view(shape)
+        projected = _products(states, module.q_proj, module.k_proj, module.v_proj)
+        query, key, value = (x.view(len(states), -1, module.head_dim) for x in projected)  # (B, heads, d_head)
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
         query, key = _turned(query, *turn), _turned(key, *turn)
         rows = [group.rows for group in self._groups]
         parts = zip(self._groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
         mixed = [group.attend(index, q, k, v, module.scaling) for group, q, k, v in parts]
-        return module.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view(len(states), -1))
+        together = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        return _products(together.view(len(states), -1), module.o_proj)[0]
 
 
 class DecodeGroup:
@@ -189,6 +190,12 @@ class DecodeGroup:
         values[:, :, self._length - 1] = value
         prefix = self._prefix[index] if self._prefix else None
         return attend_single_queries(query, columns, values, self._mask, scaling, prefix)
+
+
+def _products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What linear layers make of the same rows; at once, where they have a way to (`gircse.train.fused_lora`)."""
+    together = vars(layers[0]).get("forward_together")
+    return [layer(x) for layer in layers] if together is None else together(x, layers)
 
 
 def _turned(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

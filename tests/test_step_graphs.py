@@ -104,10 +104,14 @@ def lora_model(backbone: Path, dtype: torch.dtype = torch.float32) -> GIRCSE:
 
 @pytest.mark.parametrize("loss_type", [ICRLoss, CachedICRLoss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_over_buffers_goes_the_same_way(backbone: Path, loss_type: Any, dtype: torch.dtype) -> None:
+def test_training_over_buffers_goes_the_same_way(
+    backbone: Path, loss_type: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three optimiser steps: recorded steps read adapters where they are rounded anew after each."""
     found = []
-    for recorded in (False, True):
+    for recorded in (True, False):
+        if not recorded and dtype == torch.bfloat16:  # soft tokens by groups round elsewhere
+            monkeypatch.setattr("gircse.refiner.takes_groups", lambda decoder: False)
         model = lora_model(backbone, dtype).train()
         model.encoder.step_graphs.anywhere = recorded
         trained = [p for n, p in model.named_parameters() if "lora_" in n]
@@ -125,8 +129,7 @@ def test_training_over_buffers_goes_the_same_way(backbone: Path, loss_type: Any,
         assert bool(model.encoder.step_graphs._steps) == recorded
         found.append(torch.tensor(losses))
     assert found[0][0] != found[0][2]
-    # Soft tokens by groups round elsewhere in bfloat16: cosines of both gradients to float32's are 0.991 and 0.997.
-    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=1e-4)
+    torch.testing.assert_close(*found, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
 
 
 def test_encode_pads_rows_and_notices_new_weights(backbone: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from gircse import refiner
+from gircse.adapter import lora_layers
 from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps
 from gircse.model import GIRCSE
 from gircse.refiner import recompute_states, refine
 from gircse.train import fused_lora as fused_lora_module
+from gircse.train import step_lora
 from gircse.train.fused_lora import fused_lora
+from gircse.trained_steps import Collected
 from tests.tiny import random_batch, tiny_backbone, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
@@ -189,24 +193,57 @@ def test_rows_with_a_k_of_their_own_are_trained_by_transformers_own_pass(steps_t
 def test_adapters_have_their_gradients_once_for_all_steps(
     most_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_lora_module, "MOST_COLLECTED_ROWS", most_rows)
-    computed: list[int] = []
-    compute = fused_lora_module._adapter_gradients
+    monkeypatch.setattr(fused_lora_module, "MOST_ROWS", most_rows)
+    rows: list[int] = []
+    take = Collected.take
     monkeypatch.setattr(
-        fused_lora_module, "_adapter_gradients", lambda *args: computed.append(len(args[0])) or compute(*args)
+        step_lora.Collected, "take", lambda self: [rows.append(len(step[0])) or step for step in take(self)]
     )
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    model = GIRCSE.from_backbone(str(tiny_backbone(tmp_path)), num_steps=3, lora=lora, device="cpu").train()
+    options: Any = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 24, "up_proj": 2}}
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options)
+    path = str(tiny_backbone(tmp_path, "llama-scaled-positions"))
+    model = GIRCSE.from_backbone(path, num_steps=3, lora=lora, device="cpu").train()
     texts = ["one text", "another one", "short", "a much longer text than these", "?", "six"]
     features, results = model.encoder.preprocess(texts), []
     for fused in (False, True):
-        if fused:
-            with fused_lora(model) as layers:
-                weighed(model(dict(features))["step_embeddings"]).backward()
-            steps = [3 * len(texts)] if most_rows > len(texts) else 3 * [len(texts)]
-            assert sorted(computed)[: layers * len(steps)] == layers * steps, "the prompts' tokens are more"
-        else:
+        rows.clear()
+        with fused_lora(model) if fused else nullcontext():
             weighed(model(dict(features))["step_embeddings"]).backward()
         results.append(gradients(model))
+    groups = 2 * 4  # of layers: queries, keys and values; what attention has found; gate and up; down
+    joined = 2  # layers' keys and values
+    collected = [count for count in rows if count == len(texts)]
+    assert len(collected) == (3 * groups if most_rows > len(texts) else 0)
+    assert len(rows) == len(collected) + 3 * joined
     assert_same_gradients(results[1], results[0])
+
+
+def test_some_layers_with_adapters(tmp_path: Path) -> None:
+    """Whatever lies beside a fused layer computes as always."""
+    path = str(tiny_backbone(tmp_path))
+    for targets in (["q_proj", "v_proj", "up_proj"], ["k_proj", "gate_proj", "down_proj"]):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+        model = GIRCSE.from_backbone(path, num_steps=2, lora=lora, device="cpu").train()
+        features, results = model.encoder.preprocess(["one text", "another"]), []
+        for fused in (False, True):
+            with fused_lora(model) if fused else nullcontext():
+                weighed(model(dict(features))["step_embeddings"]).backward()
+            results.append(gradients(model))
+        assert_same_gradients(results[1], results[0])
+
+
+def test_adapters_that_are_switched_off_add_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = GIRCSE.from_backbone(str(tiny_backbone(tmp_path)), num_steps=2, lora=lora, device="cpu").train()
+    features = model.encoder.preprocess(["one text", "another"])
+    added = model(dict(features))["step_embeddings"]
+    for layer in lora_layers(model.encoder.backbone):
+        layer.enable_adapters(False)
+    expected = model(dict(features))["step_embeddings"]
+    with fused_lora(model):
+        found = model(dict(features))["step_embeddings"]
+    torch.testing.assert_close(found, expected)
+    assert relative_error(found.detach(), added.detach()) > 0.1

@@ -2,13 +2,12 @@
 
 Knows peft's linear LoRA layers; knows nothing of models or losses. peft computes x·Wᵀ, then scales and adds the
 update in passes of their own over the large output, forward and backward. Here the thin products are accumulated into
-the large one's result. And the gradients of A and B are computed once for all soft tokens of a batch: a step has few
-rows, and each of its products costs what it takes to begin one.
+the large one's result. Those of soft tokens, which are few rows, are `gircse.train.step_lora`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeGuard, cast
@@ -19,17 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gircse.packed_weights import PackedWeights
-from gircse.trained_steps import Collected
-
-MOST_COLLECTED_ROWS = 128
-"""Of a step. More are worth products of their own, and collecting takes memory."""
+from gircse.train.step_lora import MOST_ROWS, StepLayers, transposed_product
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W and b.
-
-    With `collected` the gradients of A and B are left to a `_LateGradients`, which takes their place among the inputs.
-    """
+    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W and b."""
 
     @staticmethod
     def forward(
@@ -42,7 +35,6 @@ class _LoraProduct(torch.autograd.Function):
         rounded: tuple[Tensor, Tensor],
         scale: float,
         packed: PackedWeights,
-        collected: Collected | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         a_x, b_x = rounded  # A and B in the dtype of x
@@ -52,7 +44,7 @@ class _LoraProduct(torch.autograd.Function):
             out = F.linear(rows, weight, bias)
         out.addmm_(low, b_x.T, alpha=scale)
         ctx.save_for_backward(rows, weight, a_x, b_x, low)
-        ctx.scale, ctx.shape, ctx.packed, ctx.dtype, ctx.collected = scale, x.shape, packed, a.dtype, collected
+        ctx.scale, ctx.shape, ctx.packed, ctx.dtype = scale, x.shape, packed, a.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -62,34 +54,9 @@ class _LoraProduct(torch.autograd.Function):
         low_grad = (grad @ b_x).mul_(ctx.scale)  # (N, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a_x).view(ctx.shape)
-        others = None, None, None, None
-        if ctx.collected is not None:
-            ctx.collected.add(low_grad, rows, grad, low)
-            return grad_x, None, None, None, None, *others
-        return grad_x, None, None, *_adapter_gradients(low_grad, rows, grad, low, ctx.scale, ctx.dtype), *others
-
-
-def _adapter_gradients(
-    low_grad: Tensor, rows: Tensor, grad: Tensor, low: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Of A and B."""
-    return (low_grad.T @ rows).to(dtype), (grad.T @ low).mul_(scale).to(dtype)
-
-
-class _LateGradients(torch.autograd.Function):
-    """Stands for A and B in all steps of a batch, and computes their gradients once the last step has left its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, collected: Collected, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)  # the steps give none
-        ctx.collected, ctx.scale, ctx.dtype = collected, scale, a.dtype
-        return a.new_empty(0), b.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows = [torch.cat(part) for part in zip(*ctx.collected.take(), strict=True)]
-        return None, *_adapter_gradients(*rows, ctx.scale, ctx.dtype), None  # type: ignore[call-arg]
+            grad_x = transposed_product(grad, weight, ctx.packed).addmm_(low_grad, a_x).view(ctx.shape)
+        grad_a, grad_b = low_grad.T @ rows, (grad.T @ low).mul_(ctx.scale)
+        return grad_x, None, None, grad_a.to(ctx.dtype), grad_b.to(ctx.dtype), None, None, None
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -106,12 +73,7 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad = gradients[0].reshape(-1, weight.shape[0])
-        return _transposed_product(grad, weight, ctx.packed).view(*gradients[0].shape[:-1], -1), None, None
-
-
-def _transposed_product(grad: Tensor, weight: Tensor, packed: PackedWeights) -> Tensor:
-    out = packed.product(grad, weight, transposed=True)
-    return grad @ weight if out is None else out
+        return transposed_product(grad, weight, ctx.packed).view(*gradients[0].shape[:-1], -1), None, None
 
 
 class _Pass:
@@ -127,7 +89,7 @@ class _Pass:
     def __init__(self, layers: list[Linear]) -> None:
         self._layers = layers
         self._pairs: dict[Linear, tuple[Tensor, Tensor]] = {}
-        self._late: dict[Linear, tuple[Tensor, Tensor, Collected]] = {}
+        self._steps: dict[tuple[nn.Module, ...], StepLayers] = {}
         self._running = False
 
     @torch.no_grad()
@@ -149,23 +111,21 @@ class _Pass:
 
     def end(self, *_: Any) -> None:
         self._running = False
-        self._late.clear()
+        self._steps.clear()
 
-    def late(self, layer: Linear, rows: Tensor) -> tuple[Tensor, Tensor, Collected] | None:
-        """What takes the place of A and B in a step, and where it leaves its rows; None where nothing is collected.
-
-        Args:
-            layer: Of the backbone.
-            rows: What it multiplies. Only soft tokens that are written by groups come without a dimension of positions.
-        """
-        soft_tokens = rows.dim() == 2 and rows.device.type == "cpu" and len(rows) <= MOST_COLLECTED_ROWS
-        if not (self._running and soft_tokens and torch.is_grad_enabled()):
+    def together(self, layers: Sequence[Linear], packed: PackedWeights, dtype: torch.dtype) -> StepLayers | None:
+        """Layers that multiply the same soft tokens; None where nothing may be kept from one step to the next."""
+        if not self._running:
             return None
-        if layer not in self._late:
-            collected, scale = Collected(), layer.scaling[layer.active_adapters[0]]
-            pair = cast(tuple[Tensor, Tensor], _LateGradients.apply(collected, *_adapter(layer), scale))
-            self._late[layer] = (*pair, collected)
-        return self._late[layer]
+        if (found := self._steps.get(key := tuple(layers))) is None:
+            found = self._steps[key] = StepLayers(
+                [layer.get_base_layer() for layer in layers],
+                [_adapter(layer) for layer in layers],
+                [self.adapter(layer, dtype) for layer in layers],
+                [_scale(layer) for layer in layers],
+                packed,
+            )
+        return found
 
     def adapter(self, layer: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B of a layer."""
@@ -181,11 +141,17 @@ def _adapter(layer: Linear) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
 
 
+def _scale(layer: Linear) -> float:
+    return layer.scaling[layer.active_adapters[0]]
+
+
 @contextmanager
 def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterator[int]:
     """Run the model's plain LoRA layers as one operation each; others stay as they are.
 
-    Frozen weights, the LM head's too, are packed for the products of few rows that soft tokens are made of.
+    Frozen weights, the LM head's too, are packed for the products of few rows that soft tokens are made of. A fused
+    layer has a method more, ``forward_together``: `GroupedSteps` asks it for the products of all layers that multiply
+    the same soft tokens.
 
     Args:
         model: Whose layers.
@@ -200,6 +166,7 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
     heads = [layer for name, layer in model.named_modules() if _is_frozen_head(layer, name)]
     for layer in layers:
         layer.forward = partial(_forward, layer, layer.forward, packed, current)  # type: ignore[method-assign]
+        layer.forward_together = partial(_forward_together, packed, current)  # type: ignore[assignment]
     for head in heads:
         head.forward = partial(_frozen_forward, head, packed)  # type: ignore[method-assign]
     hooks = [model.register_forward_pre_hook(current.begin), model.register_forward_hook(current.end, always_call=True)]
@@ -210,6 +177,8 @@ def fused_lora(model: nn.Module, packed: PackedWeights | None = None) -> Iterato
             hook.remove()
         for layer in [*layers, *heads]:
             del layer.forward  # the class's own again
+        for layer in layers:
+            del layer.forward_together
 
 
 def _is_plain(layer: Linear) -> bool:
@@ -249,14 +218,27 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
+    if not _is_usual(layer, x):
+        return original(x, *args, **kwargs)
     base = layer.get_base_layer()
-    if (
+    pair = current.adapter(layer, x.dtype)
+    return _LoraProduct.apply(x, base.weight, base.bias, *_adapter(layer), pair, _scale(layer), packed)  # type: ignore[return-value]
+
+
+def _is_usual(layer: Linear, x: Tensor) -> bool:
+    """Whether a layer is to add its adapter's update, in the dtype of its weights."""
+    return not (
         layer.merged
         or layer.disable_adapters
         or torch.is_autocast_enabled(x.device.type)
-        or x.dtype != base.weight.dtype
-    ):
-        return original(x, *args, **kwargs)
-    rounded, scale = current.adapter(layer, x.dtype), layer.scaling[layer.active_adapters[0]]
-    adapter = current.late(layer, x) or (*_adapter(layer), None)
-    return _LoraProduct.apply(x, base.weight, base.bias, *adapter[:2], rounded, scale, packed, adapter[2])  # type: ignore[return-value]
+        or x.dtype != layer.get_base_layer().weight.dtype
+    )
+
+
+def _forward_together(
+    packed: PackedWeights, current: _Pass, x: Tensor, layers: Sequence[nn.Module]
+) -> Sequence[Tensor]:
+    fused = [cast(Linear, layer) for layer in layers if "forward_together" in vars(layer) and _is_usual(layer, x)]  # type: ignore[arg-type]
+    if len(fused) == len(layers) and len(x) <= MOST_ROWS and (steps := current.together(fused, packed, x.dtype)):
+        return steps.products(x)
+    return [layer(x) for layer in layers]
