@@ -10,8 +10,9 @@ import os
 
 from gircse.errors import UsageError
 
-KERNELS = 64
-"""A pass over a prompt needs four, the soft tokens after it six; what was forgotten takes a millisecond to compile."""
+KERNELS = 32
+"""A pass over prompts needs four, a batch has some four of them, and its soft tokens need six more; what was forgotten
+takes a millisecond to compile."""
 
 VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 """What ideep, PyTorch's own layer over oneDNN, reads, and oneDNN itself."""

@@ -50,6 +50,9 @@ class ICRLoss(nn.Module):
             like the others in the mean, and the penalty compares L_1 with it.
         detach_reference: No gradient to L_k in the penalty: it then pulls the later step down only, and does not also
             push the earlier one up.
+        detach_soft_tokens: No gradient from a soft token to the state that wrote it: every step learns to make the best
+            of the tokens there are, and none to write others. Gradients through the chain of soft tokens are many times
+            larger than all others in a backbone that has not been trained yet, and say little (docs/experiments.md).
         false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
             positive's by more than this; None keeps them. A row's positive always stays.
         matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
@@ -117,6 +120,7 @@ class ICRLoss(nn.Module):
         step_weights: str = "uniform",
         prompt_step: bool = False,
         detach_reference: bool = False,
+        detach_soft_tokens: bool = False,
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         gather_across_devices: bool = False,
@@ -159,6 +163,7 @@ class ICRLoss(nn.Module):
         self.teacher_temperature = teacher_temperature
         self.teacher_pairs = teacher_pairs
         self.answer_weight = answer_weight
+        self.detach_soft_tokens = detach_soft_tokens
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
         self.last_prompt_loss: float | None = None
@@ -217,6 +222,8 @@ class ICRLoss(nn.Module):
 
     def _write(self, features: dict[str, Tensor]) -> Tensor:
         """The embeddings after every step, (rows, K, d), or K + 1 with z_0; with answers followed by as many states."""
+        if self.detach_soft_tokens:
+            features = features | {"detach_soft_tokens": True}  # type: ignore[dict-item]
         features = self.model(features)
         embeddings = features["step_embeddings"]
         if self.prompt_step and features["refinement_states"].shape[1] > 1:  # at K = 0 it is there already
@@ -393,6 +400,7 @@ class ICRLoss(nn.Module):
             "teacher_temperature": self.teacher_temperature,
             "teacher_pairs": self.teacher_pairs,
             "answer_weight": self.answer_weight,
+            "detach_soft_tokens": self.detach_soft_tokens,
         }
 
     @property

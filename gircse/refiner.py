@@ -51,6 +51,7 @@ def refine(
     temperature: float = 1.0,
     prompt_tokens: int | None = None,
     graphs: StepGraphs | None = None,
+    detach_soft_tokens: bool = False,
 ) -> Tensor:
     """Run the prompt once and then `num_steps` soft tokens over its cache.
 
@@ -68,6 +69,7 @@ def refine(
             and compute what all rows begin with (an instruction) once; the soft tokens of all rows are still written
             together. The result is the same. One plain pass where not given.
         graphs: Recorded steps to replay on a GPU, where they serve this decoder and all rows have the same K.
+        detach_soft_tokens: No gradient goes from a soft token back to the state that wrote it. The states are the same.
 
     Returns:
         (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K of the largest K; zeros after a row's own K.
@@ -93,7 +95,7 @@ def refine(
             return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
         # Gradient caching takes a pass without gradients first, which must round as the one with them.
         if min(own_steps) == num_steps:
-            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype)
+            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, detach_soft_tokens)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
@@ -104,7 +106,7 @@ def refine(
 
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
     if graphs is not None:
-        own = {"length": longest, "num_steps": num_steps, "temperature": temperature}
+        own = {"length": longest, "num_steps": num_steps, "temperature": temperature, "detach": detach_soft_tokens}
         if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
             cache = join_caches(caches, longest, room=0, dtype=dtype)
             written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps)
@@ -122,7 +124,7 @@ def refine(
         rows = sum(steps > step for steps in own_steps)
         if rows < len(states[-1]):
             select_rows(cache, slice(rows))
-        token = decoder.vocabulary.soft_token(states[-1][:rows], temperature)  # (rows, d)
+        token = decoder.vocabulary.soft_token(states[-1][:rows], temperature, detach=detach_soft_tokens)  # (rows, d)
         out = decoder.transformer(
             inputs_embeds=token.unsqueeze(1),
             attention_mask=mask[:rows, : longest + step + 1],
@@ -170,7 +172,12 @@ def _refine_in_groups(
 
 
 def _refine_in_training(
-    decoder: Decoder, prompts: Sequence[PromptGroup], num_steps: int, temperature: float, dtype: torch.dtype
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    num_steps: int,
+    temperature: float,
+    dtype: torch.dtype,
+    detach: bool,
 ) -> Tensor:
     """As `_refine_in_groups`, differentiable; all rows have the same K."""
     prefixes = _run_prefixes(decoder, prompts)
@@ -183,7 +190,7 @@ def _refine_in_training(
         firsts.append(first)
     steps, states = GroupedSteps(decoder, groups), [torch.cat(firsts)]
     for _ in range(num_steps):
-        states.append(steps.next_states(decoder.vocabulary.soft_token(states[-1], temperature)))
+        states.append(steps.next_states(decoder.vocabulary.soft_token(states[-1], temperature, detach=detach)))
     return _restore(torch.stack(states, dim=1), [row for prompt in prompts for row in prompt.rows])
 
 
@@ -314,7 +321,13 @@ def _restore(states: Tensor, order: list[int]) -> Tensor:
 
 
 def recompute_states(
-    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, *, num_steps: int, temperature: float = 1.0
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_steps: int,
+    temperature: float = 1.0,
+    detach_soft_tokens: bool = False,
 ) -> Tensor:
     """The same states by the plain loop: the whole sequence through the transformer at every step, without a cache.
 
@@ -327,7 +340,7 @@ def recompute_states(
     states: list[Tensor] = []
     for step in range(num_steps + 1):
         if step:
-            token = decoder.vocabulary.soft_token(states[-1], temperature)
+            token = decoder.vocabulary.soft_token(states[-1], temperature, detach=detach_soft_tokens)
             embeddings = torch.cat([embeddings, token.unsqueeze(1)], dim=1)
             attention_mask = torch.cat([attention_mask, one], dim=1)
         out = decoder.transformer(

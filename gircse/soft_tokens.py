@@ -70,9 +70,10 @@ class Vocabulary:
         Returns:
             (..., V) float32; each row sums to 1.
         """
-        return _softmax(self.logits(hidden).float(), temperature)
+        logits = self.logits(hidden).float()
+        return F.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
-    def soft_token(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    def soft_token(self, hidden: Tensor, temperature: float = 1.0, *, detach: bool = False) -> Tensor:
         """E = p · E: the next input embedding (GIRCSE, section 3.1).
 
         A one-hot p gives exactly the input embedding of that token. On a GPU the probabilities are never stored where
@@ -81,10 +82,14 @@ class Vocabulary:
         Args:
             hidden: The hidden state that predicts the soft token, (B, d).
             temperature: T > 0; small values approach the greedy token, large ones the mean embedding.
+            detach: No gradient goes back through it.
 
         Returns:
             (B, d), in the dtype of the embedding table.
         """
+        if detach:
+            with torch.no_grad():
+                return self.soft_token(hidden, temperature)
         table = self.embedding.weight  # (V, d)
         compute = partial(self.by_products, temperature=temperature)
         if self.logit_cap is None and is_possible(self.head, table, hidden):
@@ -106,14 +111,11 @@ class Vocabulary:
         table = self.embedding.weight
         # Heads can be padded beyond the table (or the reverse); both ends agree on the common part.
         if hidden.device.type == "cpu" and not torch.is_grad_enabled():
-            # Computed in float32 and rounded at the end all the same, to the bit, without two copies in float32.
-            probabilities = _softmax(self.logits(hidden), temperature)
+            # Computed in float32 and rounded at the end all the same, to the bit, without copies in float32 or at all.
+            logits = self.logits(hidden)
+            logits = logits if temperature == 1.0 else logits.float().div_(temperature)
+            probabilities = torch.softmax(logits, dim=-1, out=logits)
         else:
             probabilities = self.probabilities(hidden, temperature)
         common = min(probabilities.shape[-1], table.shape[0])
         return probabilities[..., :common].to(table.dtype) @ table[:common]
-
-
-def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / T) in the dtype of the logits; in float32 where a division would round them once more."""
-    return F.softmax(logits if temperature == 1.0 else logits.float() / temperature, dim=-1)

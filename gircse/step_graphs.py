@@ -99,6 +99,7 @@ class StepGraphs:
         length: int,
         num_steps: int,
         temperature: float,
+        detach: bool = False,
     ) -> Steps | None:
         """The recorded steps of a batch's size, recorded now if need be.
 
@@ -110,6 +111,7 @@ class StepGraphs:
             length: Positions of the longest prompt.
             num_steps: K of all rows.
             temperature: Of the soft tokens.
+            detach: No gradient goes back through them.
 
         Returns:
             None where steps are not replayed, or cannot be recorded here, which is warned of once.
@@ -124,10 +126,10 @@ class StepGraphs:
             if (stamp := _stamp(decoder)) != self._stamp:  # other weights, or weights in other places
                 self._forget()
                 self._stamp = stamp
-            key = (*size, state.dtype, state.device, dtype, temperature, trained)
+            key = (*size, state.dtype, state.device, dtype, temperature, detach, trained)
             try:
                 if key not in self._steps:
-                    self._steps[key] = self._record(decoder, shapes, state, dtype, temperature, trained)
+                    self._steps[key] = self._record(decoder, shapes, state, dtype, temperature, detach, trained)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise  # a smaller batch may do
@@ -177,6 +179,7 @@ class StepGraphs:
         state: Tensor,
         dtype: torch.dtype,
         temperature: float,
+        detach: bool,
         trained: bool,
     ) -> Steps:
         while len(self._steps) >= _MOST_SIZES:
@@ -184,7 +187,7 @@ class StepGraphs:
         buffers = [self._buffers(shapes, state, dtype, of_gradients) for of_gradients in (False, True)[: 1 + trained]]
         if state.is_cuda and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a replay
-        return Steps(decoder, buffers, state, temperature, self._turn, self._pool)
+        return Steps(_Parts(decoder, temperature, detach), buffers, state, self._turn, self._pool)
 
     def drop(self) -> None:
         """Give recordings and their memory back."""
@@ -277,16 +280,16 @@ class _StaticLayer(DynamicLayer):
 class _Parts(nn.Module):
     """What a step computes, with all weights that it takes."""
 
-    def __init__(self, decoder: Decoder, temperature: float) -> None:
+    def __init__(self, decoder: Decoder, temperature: float, detach: bool) -> None:
         super().__init__()
         self.transformer, self.head = decoder.transformer, decoder.vocabulary.head
-        self.vocabulary, self.temperature = decoder.vocabulary, temperature
+        self.vocabulary, self.temperature, self.detach = decoder.vocabulary, temperature, detach
 
     def forward(self, hidden: Tensor, layers: list[_StaticLayer], mask: Tensor, positions: Tensor) -> Tensor:
         """From h_{k-1}, (B, d), to h_k."""
         cache = DynamicCache()
         cache.layers.extend(layers)
-        token = self.vocabulary.soft_token(hidden, self.temperature)  # (B, d)
+        token = self.vocabulary.soft_token(hidden, self.temperature, detach=self.detach)  # (B, d)
         out = self.transformer(
             inputs_embeds=token.unsqueeze(1),
             attention_mask=mask,
@@ -306,16 +309,15 @@ class Steps:
 
     def __init__(
         self,
-        decoder: Decoder,
+        parts: _Parts,
         buffers: list[list[Tensor]],
         state: Tensor,
-        temperature: float,
         turn: _Turn,
         pool: Any,
     ) -> None:
         self.trained = trained = len(buffers) > 1  # with gradients of keys and values
         rows, _, capacity, _ = buffers[0][0].shape
-        self.parts = _Parts(decoder, temperature)
+        self.parts = parts
         trainable = {name: weight for name, weight in self.parts.named_parameters() if weight.requires_grad and trained}
         self.names, self.parameters = list(trainable), list(trainable.values())
         self.turn = turn
@@ -393,7 +395,7 @@ class Steps:
                 [self.out_grad, *from_later],
                 allow_unused=True,
             )
-            self.hidden_grad.copy_(grads[0])
+            self.hidden_grad.zero_() if grads[0] is None else self.hidden_grad.copy_(grads[0])
             totals = [*self.cache_grads, *self.parameter_grads]
             found = [(total, grad) for total, grad in zip(totals, grads[1:], strict=True) if grad is not None]
             into, what = zip(*found, strict=True)

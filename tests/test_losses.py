@@ -101,6 +101,21 @@ def test_cached_gradients_equal_plain_ones_with_the_prompts_step(model: GIRCSE, 
         assert told.last_answer_loss == pytest.approx(loss.last_answer_loss, rel=1e-5)
 
 
+def test_soft_tokens_can_be_detached(model: GIRCSE) -> None:
+    batch = columns(model, ANCHORS, POSITIVES)
+    head, weight = (model.get_parameter(f"0.backbone.{name}.weight") for name in ("lm_head", "model.norm"))
+    gradients, values = [], []
+    for options in ({}, {"detach_soft_tokens": True}):
+        values.append(assert_cached_equals_plain(model, batch, 2, temperature=0.5, **options))
+        model.zero_grad()
+        ICRLoss(model, temperature=0.5, **options)(batch).backward()
+        assert (head.grad is None) == bool(options), "nothing teaches it what to write"
+        assert weight.grad is not None
+        gradients.append(weight.grad.clone())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert float((gradients[0] - gradients[1]).norm()) > 0.05 * float(gradients[0].norm())
+
+
 def test_temperature_and_penalty_are_honoured() -> None:
     losses = torch.tensor([1.0, 2.0, 0.5])
     assert float(combine_steps(losses, 0.0)) == pytest.approx(3.5 / 3)

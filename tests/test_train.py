@@ -57,6 +57,10 @@ def folder(tmp_path: Path) -> Path:
             "loss.prompt_step makes the prompt's state a step too",
         ),
         (
+            {"loss": {"detach_soft_tokens": True}, "model": {"num_steps": 0}},
+            "loss.detach_soft_tokens is about soft tokens",
+        ),
+        (
             {"loss": {"teacher_pairs": "all"}},
             "loss: teacher_weight, teacher_temperature and teacher_pairs need a teacher",
         ),
@@ -195,11 +199,23 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
     verb = import_module("gircse.cli.train").train
     content = values(folder, backbone)
     content["training"] |= {"random_steps": [1, 3], "steps_distribution": "log_uniform"}
-    content["loss"] = {"prompt_step": True}
+    content["loss"] = {"prompt_step": True, "detach_soft_tokens": True}
     verb(write(folder, content), num_steps=0, dry_run=True, json_output=True)
     assert json.loads(capsys.readouterr().out)["settings"]["num_steps"] == 0
     with pytest.raises(GircseError, match="num_steps: 0 writes none"):
         verb(write(folder, content), num_steps=0, dry_run=True, changes=["training.random_steps=[1, 2]"])
+
+
+def test_a_recipe_may_detach_soft_tokens(folder: Path, backbone: Path) -> None:
+    """The first losses are the same, the steps after them not."""
+    logs = []
+    for detach in (False, True):
+        content = {**values(folder, backbone), "loss": {"detach_soft_tokens": detach}}
+        logged: list[dict[str, float]] = []
+        train(load_recipe(write(folder, content)), folder / f"detach-{detach}", report=logged.append)
+        logs.append([entry["loss"] for entry in logged if "loss" in entry])
+    assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-4)
+    assert logs[0][-1] != pytest.approx(logs[1][-1], rel=1e-3)
 
 
 def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:

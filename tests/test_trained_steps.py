@@ -21,6 +21,7 @@ from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps
 from gircse.model import GIRCSE
 from gircse.refiner import recompute_states, refine
+from gircse.step_graphs import StepGraphs
 from gircse.train import fused_lora as fused_lora_module
 from gircse.train import step_lora
 from gircse.train.fused_lora import fused_lora
@@ -145,6 +146,26 @@ def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass() -> None:
         errors.append((relative_error(found[1], found[0]), relative_error(found[2], found[0])))
     own, by_groups = torch.tensor(errors).mean(dim=0)
     assert by_groups <= 1.5 * own
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2-softcap", "gpt2-learned-positions"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_detached_soft_tokens_have_the_recompute_loops_gradients(family: str, recorded: bool) -> None:
+    model, graphs = tiny_model(family), StepGraphs()
+    graphs.anywhere = recorded
+    decoder, results = Decoder.from_model(model), []
+    ids, mask = random_batch(LENGTHS)
+    detached = partial(refine, prompt_tokens=60, graphs=graphs, detach_soft_tokens=True)
+    for run in (partial(recompute_states, detach_soft_tokens=True), detached, recompute_states):
+        states = run(decoder, ids, mask, num_steps=3)
+        weighed(states).backward()
+        results.append((states.detach(), gradients(model)))
+    assert bool(graphs._steps) == (recorded and family != "gemma2-softcap"), "windows go through the loop"
+    assert relative_error(results[1][0], results[0][0]) <= 1e-4
+    assert_same_gradients(results[1][1], results[0][1])
+    assert relative_error(results[2][0], results[0][0]) == 0, "the states are the same"
+    flat = [torch.cat([gradient.flatten() for gradient in found.values()]) for _, found in results]
+    assert relative_error(flat[2], flat[0]) > 0.05
 
 
 @pytest.mark.parametrize("until", [0, 1, 3])

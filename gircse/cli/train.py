@@ -31,7 +31,7 @@ def train(
     num_steps: Annotated[
         int | None,
         typer.Option(
-            min=0, help="K, instead of the recipe's; 0: the encoder-only twin, without random_steps, prompt_step."
+            min=0, help="K, instead of the recipe's; 0: the encoder-only twin, without what is about soft tokens."
         ),
     ] = None,
     changes: Annotated[
@@ -75,7 +75,8 @@ def train(
     if num_steps is not None:
         overrides["model.num_steps"] = num_steps
     if num_steps == 0:  # what is about soft tokens goes with them
-        of_steps = {"training.random_steps": None, "training.steps_distribution": "uniform", "loss.prompt_step": False}
+        of_steps = {"training.random_steps": None, "training.steps_distribution": "uniform"}
+        of_steps |= {"loss.prompt_step": False, "loss.detach_soft_tokens": False}
         overrides = of_steps | overrides
 
     with stderr.status("importing the trainer"):

@@ -99,9 +99,11 @@ class _StepProducts(torch.autograd.Function):
         layers: StepLayers = ctx.layers
         x, low = ctx.saved_tensors
         low_grad = torch.cat([grad @ b for grad, b in zip(gradients, layers.scaled_b, strict=True)], dim=1)
-        grad_x = low_grad @ layers.a
-        for grad, (weight, _) in zip(gradients, layers.frozen, strict=True):
-            grad_x += transposed_product(grad, weight, layers.packed)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = low_grad @ layers.a
+            for grad, (weight, _) in zip(gradients, layers.frozen, strict=True):
+                grad_x += transposed_product(grad, weight, layers.packed)
         layers.collected.add(low_grad, x, low, *gradients)
         return grad_x, None, None
 
