@@ -105,6 +105,7 @@ def test_soft_tokens_can_be_detached(model: GIRCSE) -> None:
     batch = columns(model, ANCHORS, POSITIVES)
     head, weight = (model.get_parameter(f"0.backbone.{name}.weight") for name in ("lm_head", "model.norm"))
     gradients, values = [], []
+    options: dict[str, Any]
     for options in ({}, {"detach_soft_tokens": True}):
         values.append(assert_cached_equals_plain(model, batch, 2, temperature=0.5, **options))
         model.zero_grad()

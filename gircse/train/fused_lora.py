@@ -121,7 +121,7 @@ class _Pass:
             found = self._steps[key] = StepLayers(
                 [layer.get_base_layer() for layer in layers],
                 [_adapter(layer) for layer in layers],
-                [self.adapter(layer, dtype) for layer in layers],
+                [self.adapter(layer, dtype)[0] for layer in layers],
                 [_scale(layer) for layer in layers],
                 packed,
             )

@@ -29,7 +29,7 @@ class StepLayers:
     Args:
         layers: The frozen W_i and b_i.
         adapters: A_i (r_i, in) and B_i (out_i, r_i) of each.
-        rounded: The same in the dtype of x.
+        rounded: A_i in the dtype of x.
         scales: s_i.
         packed: Whose copies of frozen weights multiply.
     """
@@ -38,14 +38,15 @@ class StepLayers:
         self,
         layers: Sequence[nn.Module],
         adapters: Sequence[tuple[Tensor, Tensor]],
-        rounded: Sequence[tuple[Tensor, Tensor]],
+        rounded: Sequence[Tensor],
         scales: Sequence[float],
         packed: PackedWeights,
     ) -> None:
         self.frozen = [(cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)) for layer in layers]
-        self.a = torch.cat([a for a, _ in rounded])  # (sum of r_i, in)
-        self.scaled_b = [scale * b for (_, b), scale in zip(rounded, scales, strict=True)]
-        self.ranks = [len(a) for a, _ in rounded]
+        self.a = torch.cat(list(rounded))  # (sum of r_i, in)
+        pairs = zip(adapters, scales, strict=True)
+        self.scaled_b = [(scale * b.detach()).to(self.a.dtype) for (_, b), scale in pairs]
+        self.ranks = [len(a) for a in rounded]
         self.scales, self.packed, self.collected = scales, packed, Collected()
         self._handle: Tensor | None = None
         self._adapters = adapters
