@@ -17,7 +17,7 @@ from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps, takes_groups
 from gircse.prompts import PromptGroup, join_groups
 from gircse.refiner import refine
-from tests.tiny import random_batch, tiny_model
+from tests.tiny import instructed_batch, random_batch, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
 LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
@@ -90,12 +90,7 @@ def test_any_layout_gives_the_states_of_the_recompute_loop(
     lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str
 ) -> None:
     decoder = Decoder.from_model(tiny_model("llama"))
-    lengths = [length + shared for length in lengths]
-    ids, mask = random_batch(lengths, side=side)
-    prefix = torch.arange(shared) + 5
-    for row, length in enumerate(lengths):
-        start = ids.shape[1] - length if side == "left" else 0
-        ids[row, start : start + shared] = prefix
+    ids, mask = instructed_batch(lengths, shared, side=side)
     with torch.no_grad():
         expected = refiner.recompute_states(decoder, ids, mask, num_steps=num_steps)
         states = refine(decoder, ids, mask, num_steps=num_steps, prompt_tokens=prompt_tokens)

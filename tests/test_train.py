@@ -206,18 +206,6 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
         verb(write(folder, content), num_steps=0, dry_run=True, changes=["training.random_steps=[1, 2]"])
 
 
-def test_a_recipe_may_detach_soft_tokens(folder: Path, backbone: Path) -> None:
-    """The first losses are the same, the steps after them not."""
-    logs = []
-    for detach in (False, True):
-        content = {**values(folder, backbone), "loss": {"detach_soft_tokens": detach}}
-        logged: list[dict[str, float]] = []
-        train(load_recipe(write(folder, content)), folder / f"detach-{detach}", report=logged.append)
-        logs.append([entry["loss"] for entry in logged if "loss" in entry])
-    assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-4)
-    assert logs[0][-1] != pytest.approx(logs[1][-1], rel=1e-3)
-
-
 def test_the_verb_logs_the_loss_of_every_step(folder: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = import_module("gircse.cli.train").train
     verb(write(folder, values(folder, backbone)), folder / "out", num_steps=3, json_output=True)

@@ -26,7 +26,7 @@ from gircse.train import fused_lora as fused_lora_module
 from gircse.train import step_lora
 from gircse.train.fused_lora import fused_lora
 from gircse.trained_steps import Collected
-from tests.tiny import random_batch, tiny_backbone, tiny_model
+from tests.tiny import instructed_batch, random_batch, tiny_backbone, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
 LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
@@ -114,11 +114,7 @@ def test_any_layout_has_the_gradients_of_the_recompute_loop(
     lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str
 ) -> None:
     model = tiny_model("llama")
-    lengths = [length + shared for length in lengths]
-    ids, mask = random_batch(lengths, side=side)
-    for row, length in enumerate(lengths):
-        start = ids.shape[1] - length if side == "left" else 0
-        ids[row, start : start + shared] = torch.arange(shared) + 5
+    ids, mask = instructed_batch(lengths, shared, side=side)
     decoder, results = Decoder.from_model(model), []
     for run in (recompute_states, partial(refine, prompt_tokens=prompt_tokens)):
         states = run(decoder, ids, mask, num_steps=num_steps)

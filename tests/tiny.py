@@ -123,3 +123,12 @@ def random_batch(lengths: list[int], *, side: str = "left", seed: int = 1) -> tu
         place = slice(longest - length, longest) if side == "left" else slice(0, length)
         ids[row, place], mask[row, place] = tokens, 1
     return ids, mask
+
+
+def instructed_batch(lengths: list[int], shared: int, *, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `random_batch`, every row behind the same `shared` tokens, as behind an instruction."""
+    ids, mask = random_batch([length + shared for length in lengths], side=side)
+    for row, length in enumerate(lengths):
+        start = ids.shape[1] - length - shared if side == "left" else 0
+        ids[row, start : start + shared] = torch.arange(shared) + 5
+    return ids, mask
