@@ -4,7 +4,7 @@
 
 One batch of questions and answers (medquad), the loss of ICR, LoRA; the bare backbone with a new adapter, whose update
 is zero, and the model that ships. For every K the norm of the gradient of the adapter in float32, and the cosine of
-bfloat16's to it; once through the chain of soft tokens and once with `detach_soft_tokens`. Writes
+bfloat16's to it; with every kind of `soft_token_gradients`. Writes
 benchmarks/results/soft_token_gradients.json.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gircse import GIRCSE, ICRLoss
+from gircse.gradient_chain import SOFT_TOKEN_GRADIENTS
 from gircse.train.fused_lora import fused_lora
 from gircse.train.rows import read_rows
 
@@ -39,11 +40,11 @@ def load(start: str, dtype: torch.dtype) -> GIRCSE:
     return GIRCSE.from_backbone("smollm2-135m", lora=lora, dtype=dtype, device="cpu").train()
 
 
-def gradient(model: GIRCSE, columns: list[list[str]], num_steps: int, detach: bool) -> Tensor:
+def gradient(model: GIRCSE, columns: list[list[str]], num_steps: int, kind: str) -> Tensor:
     """Of all adapters, in one row."""
     model.num_steps = num_steps
     model.zero_grad()
-    loss = ICRLoss(model, detach_soft_tokens=detach)
+    loss = ICRLoss(model, soft_token_gradients=kind)
     with fused_lora(model):
         loss([model.encoder.preprocess(texts) for texts in columns]).backward()
     return torch.cat([weight.grad.flatten().double() for weight in model.parameters() if weight.grad is not None])
@@ -70,12 +71,11 @@ def main() -> None:
         for model in models:
             model.max_seq_length = 80
         for num_steps in arguments.steps:
-            for detach in (False, True)[: 1 + (num_steps > 0)]:
-                exact, rounded = (gradient(model, columns, num_steps, detach) for model in models)
-                entry = {"start": start, "num_steps": num_steps, "detach_soft_tokens": detach}
+            for kind in SOFT_TOKEN_GRADIENTS if num_steps else ("full",):
+                exact, rounded = (gradient(model, columns, num_steps, kind) for model in models)
+                entry = {"start": start, "num_steps": num_steps, "soft_token_gradients": kind}
                 entry |= {"norm": float(exact.norm()), "cosine": float(F.cosine_similarity(exact, rounded, dim=0))}
                 entries.append(entry)
-                kind = "detached" if detach else "in the chain"
                 table.add_row(start, str(num_steps), kind, f"{entry['norm']:.1f}", f"{entry['cosine']:.3f}")
     arguments.output.write_text(json.dumps({"rows": arguments.rows, "entries": entries}, indent=1) + "\n")
     Console(width=100).print(table)

@@ -339,8 +339,8 @@ class GenerativeEncoder(InputModule):
         """Add ``refinement_states``, ``step_embeddings`` and ``sentence_embedding`` to the features.
 
         Args:
-            features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side. Where ``detach_soft_tokens``
-                is among them and true, no gradient goes from a soft token back to the state that wrote it.
+            features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side; and ``soft_token_gradients``
+                where gradients go from a soft token back to the state that wrote it otherwise than in full.
             num_steps: K for this call, or for each row; the checkpoint's where not given. 0 is the encoder-only vector
                 h_0. A row keeps its last embedding where others take more steps.
             **kwargs: Ignored, as sentence-transformers' interface asks.
@@ -363,7 +363,7 @@ class GenerativeEncoder(InputModule):
                 )
             else:
                 options = {"temperature": config.temperature, "prompt_tokens": pass_tokens, "graphs": self.step_graphs}
-                options["detach_soft_tokens"] = bool(features.get("detach_soft_tokens", False))
+                options["soft_token_gradients"] = features.get("soft_token_gradients", "full")
                 states = refine(*prompt, num_steps=steps, **options)
         features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)

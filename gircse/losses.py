@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gircse.answer_loss import answer_loss, answer_tokens
 from gircse.candidates import allowed_candidates
 from gircse.errors import UsageError
+from gircse.gradient_chain import SOFT_TOKEN_GRADIENTS
 
 StepWeights = Literal["uniform", "linear"]
 """How the losses of the steps are averaged: all alike (the paper), or L_k in proportion to k."""
@@ -50,9 +51,11 @@ class ICRLoss(nn.Module):
             like the others in the mean, and the penalty compares L_1 with it.
         detach_reference: No gradient to L_k in the penalty: it then pulls the later step down only, and does not also
             push the earlier one up.
-        detach_soft_tokens: No gradient from a soft token to the state that wrote it: every step learns to make the best
-            of the tokens there are, and none to write others. Gradients through the chain of soft tokens are many times
-            larger than all others in a backbone that has not been trained yet, and say little (docs/experiments.md).
+        soft_token_gradients: What goes from a soft token back to the state that wrote it, one of
+            `gircse.gradient_chain.SOFT_TOKEN_GRADIENTS`. ``full`` is the paper's; but in a backbone that has not been
+            trained yet these gradients are many times larger than all others, and say little (docs/experiments.md).
+            ``bounded`` keeps them as small as the others. With ``none`` every step learns to make the best of the
+            tokens there are, and none to write others.
         false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
             positive's by more than this; None keeps them. A row's positive always stays.
         matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
@@ -120,7 +123,7 @@ class ICRLoss(nn.Module):
         step_weights: str = "uniform",
         prompt_step: bool = False,
         detach_reference: bool = False,
-        detach_soft_tokens: bool = False,
+        soft_token_gradients: str = "full",
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         gather_across_devices: bool = False,
@@ -142,6 +145,9 @@ class ICRLoss(nn.Module):
             raise UsageError(f"answer_weight must be 0 or more, not {answer_weight}")
         if step_weights not in get_args(StepWeights):
             raise UsageError(f"step_weights must be one of {', '.join(get_args(StepWeights))}, not {step_weights!r}")
+        if soft_token_gradients not in SOFT_TOKEN_GRADIENTS:
+            known = ", ".join(SOFT_TOKEN_GRADIENTS)
+            raise UsageError(f"soft_token_gradients must be one of {known}, not {soft_token_gradients!r}")
         if prompt_step and (not stepwise or step_weights == "linear"):
             raise UsageError(
                 "prompt_step is one of the steps, and stepwise=False or step_weights='linear' leave it out"
@@ -163,7 +169,7 @@ class ICRLoss(nn.Module):
         self.teacher_temperature = teacher_temperature
         self.teacher_pairs = teacher_pairs
         self.answer_weight = answer_weight
-        self.detach_soft_tokens = detach_soft_tokens
+        self.soft_token_gradients = soft_token_gradients
         self.last_step_losses: list[float] = []
         """L_1..L_K of the latest forward pass, for whoever reports progress."""
         self.last_prompt_loss: float | None = None
@@ -222,8 +228,8 @@ class ICRLoss(nn.Module):
 
     def _write(self, features: dict[str, Tensor]) -> Tensor:
         """The embeddings after every step, (rows, K, d), or K + 1 with z_0; with answers followed by as many states."""
-        if self.detach_soft_tokens:
-            features = features | {"detach_soft_tokens": True}  # type: ignore[dict-item]
+        if self.soft_token_gradients != "full":
+            features = features | {"soft_token_gradients": self.soft_token_gradients}  # type: ignore[dict-item]
         features = self.model(features)
         embeddings = features["step_embeddings"]
         if self.prompt_step and features["refinement_states"].shape[1] > 1:  # at K = 0 it is there already
@@ -400,7 +406,7 @@ class ICRLoss(nn.Module):
             "teacher_temperature": self.teacher_temperature,
             "teacher_pairs": self.teacher_pairs,
             "answer_weight": self.answer_weight,
-            "detach_soft_tokens": self.detach_soft_tokens,
+            "soft_token_gradients": self.soft_token_gradients,
         }
 
     @property

@@ -18,6 +18,7 @@ from gircse.attention import attention_dtype
 from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches, new_cache, select_rows
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
+from gircse.gradient_chain import GradientChain
 from gircse.grouped_steps import DecodeGroup, GroupedSteps, takes_groups
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
@@ -51,7 +52,7 @@ def refine(
     temperature: float = 1.0,
     prompt_tokens: int | None = None,
     graphs: StepGraphs | None = None,
-    detach_soft_tokens: bool = False,
+    soft_token_gradients: str = "full",
 ) -> Tensor:
     """Run the prompt once and then `num_steps` soft tokens over its cache.
 
@@ -69,7 +70,8 @@ def refine(
             and compute what all rows begin with (an instruction) once; the soft tokens of all rows are still written
             together. The result is the same. One plain pass where not given.
         graphs: Recorded steps to replay on a GPU, where they serve this decoder and all rows have the same K.
-        detach_soft_tokens: No gradient goes from a soft token back to the state that wrote it. The states are the same.
+        soft_token_gradients: What goes from a soft token back to the state that wrote it, one of
+            `gircse.gradient_chain.SOFT_TOKEN_GRADIENTS`. The states are the same.
 
     Returns:
         (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K of the largest K; zeros after a row's own K.
@@ -90,12 +92,13 @@ def refine(
     dtype = attention_dtype(decoder.transformer, table)
     if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
         graphs = None
+    chain = GradientChain(soft_token_gradients)
     if num_steps and graphs is None and takes_groups(decoder):
         if not (decoder.transformer.training or torch.is_grad_enabled()):
             return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
         # Gradient caching takes a pass without gradients first, which must round as the one with them.
         if min(own_steps) == num_steps:
-            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, detach_soft_tokens)
+            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, chain)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
@@ -106,10 +109,10 @@ def refine(
 
     mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in prompts])  # (B, longest)
     if graphs is not None:
-        own = {"length": longest, "num_steps": num_steps, "temperature": temperature, "detach": detach_soft_tokens}
+        own = {"length": longest, "num_steps": num_steps, "temperature": temperature, "detach": chain.detached}
         if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
             cache = join_caches(caches, longest, room=0, dtype=dtype)
-            written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps)
+            written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps, chain=chain)
             return _restore(torch.stack([first, *written], dim=1), order)
     cache = joined.cache() if joined else join_caches(caches, longest, room=num_steps, dtype=dtype)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
@@ -124,7 +127,8 @@ def refine(
         rows = sum(steps > step for steps in own_steps)
         if rows < len(states[-1]):
             select_rows(cache, slice(rows))
-        token = decoder.vocabulary.soft_token(states[-1][:rows], temperature, detach=detach_soft_tokens)  # (rows, d)
+        source = chain.source(states[-1][:rows])
+        token = decoder.vocabulary.soft_token(source, temperature, detach=chain.detached)  # (rows, d)
         out = decoder.transformer(
             inputs_embeds=token.unsqueeze(1),
             attention_mask=mask[:rows, : longest + step + 1],
@@ -132,7 +136,7 @@ def refine(
             past_key_values=cache,
             use_cache=True,
         )
-        states.append(out.last_hidden_state[:, -1])
+        states.append(chain.written(out.last_hidden_state[:, -1]))
     states = [F.pad(state, (0, 0, 0, len(order) - len(state))) for state in states]
     return _restore(torch.stack(states, dim=1), order)
 
@@ -177,7 +181,7 @@ def _refine_in_training(
     num_steps: int,
     temperature: float,
     dtype: torch.dtype,
-    detach: bool,
+    chain: GradientChain,
 ) -> Tensor:
     """As `_refine_in_groups`, differentiable; all rows have the same K."""
     prefixes = _run_prefixes(decoder, prompts)
@@ -190,7 +194,8 @@ def _refine_in_training(
         firsts.append(first)
     steps, states = GroupedSteps(decoder, groups), [torch.cat(firsts)]
     for _ in range(num_steps):
-        states.append(steps.next_states(decoder.vocabulary.soft_token(states[-1], temperature, detach=detach)))
+        token = decoder.vocabulary.soft_token(chain.source(states[-1]), temperature, detach=chain.detached)
+        states.append(chain.written(steps.next_states(token)))
     return _restore(torch.stack(states, dim=1), [row for prompt in prompts for row in prompt.rows])
 
 
@@ -327,7 +332,7 @@ def recompute_states(
     *,
     num_steps: int,
     temperature: float = 1.0,
-    detach_soft_tokens: bool = False,
+    soft_token_gradients: str = "full",
 ) -> Tensor:
     """The same states by the plain loop: the whole sequence through the transformer at every step, without a cache.
 
@@ -338,9 +343,10 @@ def recompute_states(
     embeddings = decoder.vocabulary.embedding(input_ids)  # (B, N, d)
     one = attention_mask.new_ones(len(attention_mask), 1)
     states: list[Tensor] = []
+    chain = GradientChain(soft_token_gradients)
     for step in range(num_steps + 1):
         if step:
-            token = decoder.vocabulary.soft_token(states[-1], temperature, detach=detach_soft_tokens)
+            token = decoder.vocabulary.soft_token(chain.source(states[-1]), temperature, detach=chain.detached)
             embeddings = torch.cat([embeddings, token.unsqueeze(1)], dim=1)
             attention_mask = torch.cat([attention_mask, one], dim=1)
         out = decoder.transformer(
@@ -349,7 +355,7 @@ def recompute_states(
             position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),
             use_cache=False,
         )
-        states.append(out.last_hidden_state[:, -1])
+        states.append(chain.written(out.last_hidden_state[:, -1]))
     return torch.stack(states, dim=1)
 
 

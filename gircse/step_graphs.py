@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gircse.attention import ATTENTION
 from gircse.decoders import Decoder
+from gircse.gradient_chain import GradientChain
 from gircse.hardware import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,14 @@ class StepGraphs:
             return self._steps[key]
 
     def write(
-        self, steps: Steps, state: Tensor, mask: Tensor, cache: Sequence[tuple[Tensor, Tensor]], *, num_steps: int
+        self,
+        steps: Steps,
+        state: Tensor,
+        mask: Tensor,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        *,
+        num_steps: int,
+        chain: GradientChain,
     ) -> list[Tensor]:
         """The states of K soft tokens. Differentiable; the backward pass of one call must come before the next call.
 
@@ -154,6 +162,7 @@ class StepGraphs:
             mask: (B, N), 1 for tokens and 0 for padding on the left.
             cache: Keys and values of every layer, (B, heads, N, head_dim) each.
             num_steps: K.
+            chain: Where gradients go between the states.
 
         Returns:
             K tensors, (B, d).
@@ -168,8 +177,9 @@ class StepGraphs:
             else:
                 steps.fill(tensors)
             for place in range(length, length + num_steps):
-                last = states[-1]
-                states.append(_Step.apply(last, steps, place) if steps.trained else steps.forward(last, place))
+                last = chain.source(states[-1])
+                state = _Step.apply(last, steps, place) if steps.trained else steps.forward(last, place)
+                states.append(chain.written(state))
         return states[1:]
 
     def _record(

@@ -101,20 +101,21 @@ def test_cached_gradients_equal_plain_ones_with_the_prompts_step(model: GIRCSE, 
         assert told.last_answer_loss == pytest.approx(loss.last_answer_loss, rel=1e-5)
 
 
-def test_soft_tokens_can_be_detached(model: GIRCSE) -> None:
+def test_gradients_of_soft_tokens_are_the_losses_to_choose(model: GIRCSE) -> None:
     batch = columns(model, ANCHORS, POSITIVES)
     head, weight = (model.get_parameter(f"0.backbone.{name}.weight") for name in ("lm_head", "model.norm"))
     gradients, values = [], []
-    options: dict[str, Any]
-    for options in ({}, {"detach_soft_tokens": True}):
-        values.append(assert_cached_equals_plain(model, batch, 2, temperature=0.5, **options))
+    for kind in ("full", "bounded", "none"):
+        options: dict[str, Any] = {"temperature": 0.5, "soft_token_gradients": kind}
+        values.append(assert_cached_equals_plain(model, batch, 2, **options))
         model.zero_grad()
-        ICRLoss(model, temperature=0.5, **options)(batch).backward()
-        assert (head.grad is None) == bool(options), "nothing teaches it what to write"
+        ICRLoss(model, **options)(batch).backward()
+        assert (head.grad is None) == (kind == "none"), "nothing teaches it what to write"
         assert weight.grad is not None
         gradients.append(weight.grad.clone())
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert float((gradients[0] - gradients[1]).norm()) > 0.05 * float(gradients[0].norm())
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    for gradient in gradients[1:]:
+        assert float((gradients[0] - gradient).norm()) > 0.05 * float(gradients[0].norm())
 
 
 def test_temperature_and_penalty_are_honoured() -> None:

@@ -57,8 +57,8 @@ def folder(tmp_path: Path) -> Path:
             "loss.prompt_step makes the prompt's state a step too",
         ),
         (
-            {"loss": {"detach_soft_tokens": True}, "model": {"num_steps": 0}},
-            "loss.detach_soft_tokens is about soft tokens",
+            {"loss": {"soft_token_gradients": "none"}, "model": {"num_steps": 0}},
+            "loss.soft_token_gradients are of soft tokens",
         ),
         (
             {"loss": {"teacher_pairs": "all"}},
@@ -199,7 +199,7 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
     verb = import_module("gircse.cli.train").train
     content = values(folder, backbone)
     content["training"] |= {"random_steps": [1, 3], "steps_distribution": "log_uniform"}
-    content["loss"] = {"prompt_step": True, "detach_soft_tokens": True}
+    content["loss"] = {"prompt_step": True, "soft_token_gradients": "bounded"}
     verb(write(folder, content), num_steps=0, dry_run=True, json_output=True)
     assert json.loads(capsys.readouterr().out)["settings"]["num_steps"] == 0
     with pytest.raises(GircseError, match="num_steps: 0 writes none"):

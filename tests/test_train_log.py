@@ -132,13 +132,14 @@ def test_the_loss_of_the_prompts_step_is_logged_and_trains(folder: Path, backbon
     assert own[-1]["step_loss_1"] != pytest.approx(without[-1]["step_loss_1"], rel=1e-4), "other weights were learned"
 
 
-def test_a_recipe_may_detach_soft_tokens(folder: Path, backbone: Path) -> None:
+@pytest.mark.parametrize("kind", ["bounded", "none"])
+def test_a_recipe_says_where_gradients_of_soft_tokens_go(folder: Path, backbone: Path, kind: str) -> None:
     """The first losses are the same, the steps after them not."""
     logs = []
-    for detach in (False, True):
-        content = {**values(folder, backbone), "loss": {"detach_soft_tokens": detach}}
+    for gradients in ("full", kind):
+        content = {**values(folder, backbone), "loss": {"soft_token_gradients": gradients}}
         entries: list[dict[str, float]] = []
-        train(load_recipe(write(folder, content)), folder / f"detach-{detach}", report=entries.append)
+        train(load_recipe(write(folder, content)), folder / gradients, report=entries.append)
         logs.append([entry["loss"] for entry in entries if "loss" in entry])
     assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-4)
     assert logs[0][-1] != pytest.approx(logs[1][-1], rel=1e-3)

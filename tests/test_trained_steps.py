@@ -146,14 +146,16 @@ def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass() -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "gemma2-softcap", "gpt2-learned-positions"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_detached_soft_tokens_have_the_recompute_loops_gradients(family: str, recorded: bool) -> None:
+@pytest.mark.parametrize("kind", ["bounded", "none"])
+def test_gradients_between_soft_tokens_are_the_recompute_loops(family: str, recorded: bool, kind: str) -> None:
     model, graphs = tiny_model(family), StepGraphs()
+    temperature = 0.1  # gradients grow on their way through sharper tokens
     graphs.anywhere = recorded
     decoder, results = Decoder.from_model(model), []
     ids, mask = random_batch(LENGTHS)
-    detached = partial(refine, prompt_tokens=60, graphs=graphs, detach_soft_tokens=True)
-    for run in (partial(recompute_states, detach_soft_tokens=True), detached, recompute_states):
-        states = run(decoder, ids, mask, num_steps=3)
+    ours = partial(refine, prompt_tokens=60, graphs=graphs, soft_token_gradients=kind)
+    for run in (partial(recompute_states, soft_token_gradients=kind), ours, recompute_states):
+        states = run(decoder, ids, mask, num_steps=3, temperature=temperature)
         weighed(states).backward()
         results.append((states.detach(), gradients(model)))
     assert bool(graphs._steps) == (recorded and family != "gemma2-softcap"), "windows go through the loop"

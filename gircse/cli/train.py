@@ -76,7 +76,7 @@ def train(
         overrides["model.num_steps"] = num_steps
     if num_steps == 0:  # what is about soft tokens goes with them
         of_steps = {"training.random_steps": None, "training.steps_distribution": "uniform"}
-        of_steps |= {"loss.prompt_step": False, "loss.detach_soft_tokens": False}
+        of_steps |= {"loss.prompt_step": False, "loss.soft_token_gradients": "full"}
         overrides = of_steps | overrides
 
     with stderr.status("importing the trainer"):

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from gircse.checkpoint import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
+from gircse.gradient_chain import SoftTokenGradients
 from gircse.losses import StepWeights, TeacherPairs
 from gircse.refiner import Attention, Pooling
 from gircse.train.recipe_data import DataSection, Section, Source
@@ -55,8 +56,8 @@ class LossSection(Section):
     step_weights: StepWeights = Field(default="uniform", description="linear: the loss of step k counts k times")
     prompt_step: bool = Field(default=False, description="L_0, of the prompt's own state, is one of the steps")
     detach_reference: bool = Field(default=False, description="the penalty leaves the earlier step alone")
-    detach_soft_tokens: bool = Field(
-        default=False, description="no gradient from a soft token back to the state that wrote it"
+    soft_token_gradients: SoftTokenGradients = Field(
+        default="full", description="back to the state that wrote the token: full (the paper), bounded, or none"
     )
     false_negative_margin: float | None = Field(
         default=None, description="leave out negatives closer to the anchor than the positive by more than this"
@@ -193,8 +194,8 @@ class Recipe(Section):
             raise ValueError("training.steps_distribution is that of training.random_steps, which is not there")
         if self.training.random_steps and self.model.num_steps == 0:
             raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
-        if self.loss.detach_soft_tokens and self.model.num_steps == 0:
-            raise ValueError("loss.detach_soft_tokens is about soft tokens, and num_steps: 0 writes none; leave it out")
+        if self.loss.soft_token_gradients != "full" and self.model.num_steps == 0:
+            raise ValueError("loss.soft_token_gradients are of soft tokens, and num_steps: 0 writes none; leave it out")
         if self.loss.prompt_step and self.model.num_steps == 0:
             raise ValueError("loss.prompt_step makes the prompt's state a step too; num_steps: 0 has no other")
         return self
