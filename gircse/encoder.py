@@ -339,8 +339,8 @@ class GenerativeEncoder(InputModule):
         """Add ``refinement_states``, ``step_embeddings`` and ``sentence_embedding`` to the features.
 
         Args:
-            features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side; and ``soft_token_gradients``
-                where gradients go from a soft token back to the state that wrote it otherwise than in full.
+            features: ``input_ids`` and ``attention_mask``, (B, N), padded on either side. ``soft_token_gradients``
+                may be among them: one of `gircse.gradient_chain.SOFT_TOKEN_GRADIENTS`, ``full`` where it is not.
             num_steps: K for this call, or for each row; the checkpoint's where not given. 0 is the encoder-only vector
                 h_0. A row keeps its last embedding where others take more steps.
             **kwargs: Ignored, as sentence-transformers' interface asks.

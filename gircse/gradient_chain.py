@@ -10,11 +10,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gircse.errors import UsageError
+
 SoftTokenGradients = Literal["full", "bounded", "none"]
 """What goes back from a soft token to the state that wrote it: the whole gradient (the paper), one no longer than that
 of the state that came of the token, or nothing."""
 
 SOFT_TOKEN_GRADIENTS: tuple[str, ...] = get_args(SoftTokenGradients)
+
+
+def check_soft_token_gradients(gradients: str) -> None:
+    """Raise UsageError for what is none of `SOFT_TOKEN_GRADIENTS`."""
+    if gradients not in SOFT_TOKEN_GRADIENTS:
+        known = ", ".join(SOFT_TOKEN_GRADIENTS)
+        raise UsageError(f"soft_token_gradients must be one of {known}, not {gradients!r}")
 
 
 class GradientChain:
@@ -30,9 +39,13 @@ class GradientChain:
 
     Attributes:
         detached: Whether soft tokens are to be computed without gradients.
+
+    Raises:
+        UsageError: It is none of them.
     """
 
     def __init__(self, gradients: str) -> None:
+        check_soft_token_gradients(gradients)
         self.detached = gradients == "none"
         self._bounded = gradients == "bounded" and torch.is_grad_enabled()
         self._limit: _Limit | None = None

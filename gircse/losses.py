@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gircse.answer_loss import answer_loss, answer_tokens
 from gircse.candidates import allowed_candidates
 from gircse.errors import UsageError
-from gircse.gradient_chain import SOFT_TOKEN_GRADIENTS
+from gircse.gradient_chain import check_soft_token_gradients
 
 StepWeights = Literal["uniform", "linear"]
 """How the losses of the steps are averaged: all alike (the paper), or L_k in proportion to k."""
@@ -145,9 +145,7 @@ class ICRLoss(nn.Module):
             raise UsageError(f"answer_weight must be 0 or more, not {answer_weight}")
         if step_weights not in get_args(StepWeights):
             raise UsageError(f"step_weights must be one of {', '.join(get_args(StepWeights))}, not {step_weights!r}")
-        if soft_token_gradients not in SOFT_TOKEN_GRADIENTS:
-            known = ", ".join(SOFT_TOKEN_GRADIENTS)
-            raise UsageError(f"soft_token_gradients must be one of {known}, not {soft_token_gradients!r}")
+        check_soft_token_gradients(soft_token_gradients)
         if prompt_step and (not stepwise or step_weights == "linear"):
             raise UsageError(
                 "prompt_step is one of the steps, and stepwise=False or step_weights='linear' leave it out"

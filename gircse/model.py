@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -65,9 +65,7 @@ class GIRCSE(SentenceTransformer):
     default_huggingface_organization = None
     model_card_data_class = GIRCSEModelCardData
     # The package's own module is no remote code: it needs no trust_remote_code, and any other does.
-    _module_classes: ClassVar[Mapping[str, type[torch.nn.Module]]] = {
-        "gircse.encoder.GenerativeEncoder": GenerativeEncoder
-    }
+    _module_classes: ClassVar[Mapping[str, type[nn.Module]]] = {"gircse.encoder.GenerativeEncoder": GenerativeEncoder}
 
     def __init__(
         self,

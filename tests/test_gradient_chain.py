@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,11 @@ from gircse.errors import UsageError
 from gircse.gradient_chain import GradientChain
 
 ROWS, WIDTH, STEPS = 3, 4, 3
+
+
+def features_with_some(model: GIRCSE) -> object:
+    """A forward pass, told of what there is not."""
+    return model(model.preprocess(["a text"]) | {"soft_token_gradients": "some"})
 
 
 def run(kind: str, growth: float | Tensor, weights: Tensor) -> list[Tensor]:
@@ -57,6 +64,8 @@ def test_without_gradients_states_are_passed_on() -> None:
         assert GradientChain("bounded").source(state.requires_grad_()) is state
 
 
-def test_a_loss_refuses_what_it_does_not_know(model: GIRCSE) -> None:
+@pytest.mark.parametrize("takes", [lambda model: ICRLoss(model, soft_token_gradients="some"), features_with_some])
+def test_what_is_not_known_is_refused(model: GIRCSE, takes: Callable[[GIRCSE], object]) -> None:
+    """By the loss before it begins, and by the model, whose features anyone may write."""
     with pytest.raises(UsageError, match="soft_token_gradients must be one of full, bounded, none, not 'some'"):
-        ICRLoss(model, soft_token_gradients="some")
+        takes(model)

@@ -201,7 +201,9 @@ def test_the_encoder_only_twin_of_random_steps_takes_one_option(
     content["training"] |= {"random_steps": [1, 3], "steps_distribution": "log_uniform"}
     content["loss"] = {"prompt_step": True, "soft_token_gradients": "bounded"}
     verb(write(folder, content), num_steps=0, dry_run=True, json_output=True)
-    assert json.loads(capsys.readouterr().out)["settings"]["num_steps"] == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["num_steps"] == 0
+    assert "soft_token_gradients" not in settings
     with pytest.raises(GircseError, match="num_steps: 0 writes none"):
         verb(write(folder, content), num_steps=0, dry_run=True, changes=["training.random_steps=[1, 2]"])
 

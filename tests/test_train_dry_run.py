@@ -37,7 +37,12 @@ def test_the_papers_recipes_are_valid_where_the_hub_is_out_of_reach(
         verb(recipe, dry_run=True)
     assert end.value.exit_code == 1
     shown = capsys.readouterr().out
-    for text in ("the recipe is valid", "K 5, λ 1, τ 0.02", "learning rate 0.0001, cosine", "r 16, alpha 64"):
+    for text in (
+        "the recipe is valid",
+        "K 5, λ 1, τ 0.02, gradients of soft tokens full",
+        "learning rate 0.0001, cosine",
+        "r 16, alpha 64",
+    ):
         assert text in shown
     assert "checked: trackers" in shown
     assert f"backbone: {load_recipe(recipe).backbone}" in shown, "with the reason"

@@ -119,7 +119,8 @@ def _print_dry_run(tried: DryRun, recipe: Recipe) -> None:
     sizes = "all weights are trained" if lora is None else ", ".join(f"{key} {value}" for key, value in lora.items())
     console.print(
         f"[bold]the recipe is valid[/]\n"
-        f"  K {steps}, λ {settings['refinement_weight']:g}, τ {settings['temperature']:g}\n"
+        f"  K {steps}, λ {settings['refinement_weight']:g}, τ {settings['temperature']:g}"
+        f"{f', gradients of soft tokens {kind}' if (kind := settings.get('soft_token_gradients')) else ''}\n"
         f"  learning rate {settings['learning_rate']:g}, {settings['schedule']} after {settings['warmup_steps']} steps "
         f"of warm-up{f', at its end after {limit:g} minutes' if (limit := settings.get('max_minutes')) else ''}\n"
         f"  LoRA: {sizes}\n"

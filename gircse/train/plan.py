@@ -41,7 +41,7 @@ class TrainingPlan:
     """What a recipe would do.
 
     Attributes:
-        settings: K or its bounds, λ, τ, learning rate, schedule, LoRA sizes and trackers.
+        settings: K or its bounds, λ, τ, gradients of soft tokens, learning rate, schedule, LoRA sizes and trackers.
         examples: Rows of each source, by ``file/task``.
         steps: Optimiser steps.
         columns: Texts of a row, the largest number of any source.
@@ -129,13 +129,14 @@ def try_recipe(recipe: Recipe) -> DryRun:
 
 
 def describe_settings(recipe: Recipe) -> dict[str, Any]:
-    """What people look at first: K, or the least and the largest, λ, τ, learning rate, schedule, LoRA, trackers."""
+    """What people look at first: K, or the least and the largest, λ, τ, how gradients go back, the optimiser, trackers."""
     training, lora = recipe.training, recipe.lora
     return {
         "num_steps": recipe.model.num_steps if training.random_steps is None else list(training.random_steps),
         **({"steps_distribution": training.steps_distribution} if training.random_steps else {}),
         "refinement_weight": recipe.loss.refinement_weight if recipe.loss.stepwise else 0.0,
         "temperature": recipe.loss.temperature,
+        **({"soft_token_gradients": recipe.loss.soft_token_gradients} if recipe.model.num_steps else {}),
         "learning_rate": training.learning_rate,
         "schedule": training.schedule,
         "warmup_steps": training.warmup_steps,
