@@ -129,7 +129,7 @@ def try_recipe(recipe: Recipe) -> DryRun:
 
 
 def describe_settings(recipe: Recipe) -> dict[str, Any]:
-    """What people look at first: K, or the least and the largest, λ, τ, how gradients go back, the optimiser, trackers."""
+    """What people look at first: K or its bounds, λ, τ, how gradients go back, the optimiser, trackers."""
     training, lora = recipe.training, recipe.lora
     return {
         "num_steps": recipe.model.num_steps if training.random_steps is None else list(training.random_steps),
