@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from gircse.batches import batch_cost
 from gircse.embed.job import INT8_SCALE, EmbedSummary, Progress, embed_corpus, store_as
 from gircse.embed.reader import CorpusReader
 from gircse.embed.writer import ShardFolder, companions, parts_folder
@@ -82,10 +84,10 @@ def test_every_text_gets_its_own_vector_in_input_order(corpus: Path, texts: list
     assert summary.tokens == sum(min(40, len(text) + 3) for text in texts)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_path: Path, padded: bool) -> None:
+@pytest.mark.parametrize("least", [None, 1, 30])
+def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_path: Path, least: int | None) -> None:
     class Recording(HashingModel):
-        pads_batches = padded
+        least_row_cost = least
 
         def encode_tokenized(self, tokenized: Any, **options: Any) -> np.ndarray:
             batches.append([len(ids) + 2 for ids in tokenized.ids])
@@ -93,8 +95,11 @@ def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_pa
 
     batches: list[list[int]] = []
     run(corpus, tmp_path / "a.npy", model=Recording(), batch_tokens=150, shard_size=20)
-    assert all((max(batch) * len(batch) if padded else sum(batch)) <= 150 for batch in batches)
-    assert padded == all(max(batch) * len(batch) <= 150 for batch in batches), "padding counts where there is some"
+    cost = partial(batch_cost, num_steps=0, least_row_cost=least)  # soft tokens are in the lengths
+    assert all(cost(batch) <= 150 for batch in batches)
+    padded_too = all(max(batch) * len(batch) <= 150 for batch in batches)
+    assert padded_too == (least is None), "padding counts where there is some"
+    assert (max(len(batch) for batch in batches) > 5) == (least != 30)
     ends = np.cumsum([len(batch) for batch in batches])
     assert {20, 40, 50} <= set(ends.tolist())
 
