@@ -16,7 +16,7 @@ def plan_batches(
     batch_tokens: int | None = None,
     max_batch: int | None = None,
     *,
-    least_row_cost: int | None = None,
+    padded: bool = True,
 ) -> list[list[int]]:
     """Batches of similar lengths, longest first, each within the token budget.
 
@@ -27,8 +27,7 @@ def plan_batches(
         num_steps: K.
         batch_tokens: The budget in padded tokens.
         max_batch: Upper bound on rows.
-        least_row_cost: Where rows are not padded to the longest of their batch: each costs its own length + K, or this
-            where that is more. None where they are padded.
+        padded: False where a row costs its own length + K, as padding to the longest of the batch is not kept.
 
     Returns:
         Indices into `lengths`, every one exactly once.
@@ -42,41 +41,32 @@ def plan_batches(
     if budget < 1:
         raise UsageError(f"batch_tokens must be 1 or more, not {budget}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = _fill(order, lengths, num_steps, budget, max_batch, least_row_cost)
+    batches = _fill(order, lengths, num_steps, budget, max_batch, padded)
     if len(batches) > 1:
         # The last batch takes what is left, often a few rows, and small batches are slow: even them out.
-        whole = sum(batch_cost([lengths[i] for i in batch], num_steps, least_row_cost) for batch in batches)
-        even = -(-whole // len(batches)) + batch_cost([lengths[order[0]]], num_steps, least_row_cost)
-        evened = _fill(order, lengths, num_steps, min(budget, even), max_batch, least_row_cost)
+        whole = sum(batch_cost([lengths[i] for i in batch], num_steps, padded=padded) for batch in batches)
+        even = -(-whole // len(batches)) + lengths[order[0]] + num_steps
+        evened = _fill(order, lengths, num_steps, min(budget, even), max_batch, padded)
         if len(evened) == len(batches):
             return evened
     return batches
 
 
-def batch_cost(lengths: Sequence[int], num_steps: int, least_row_cost: int | None = None) -> int:
+def batch_cost(lengths: Sequence[int], num_steps: int, *, padded: bool = True) -> int:
     """What a batch takes of its budget: tokens of its prompts, with their padding where it is kept, and soft tokens."""
-    if least_row_cost is None:
-        return (max(lengths) + num_steps) * len(lengths)
-    return sum(max(length + num_steps, least_row_cost) for length in lengths)
+    return (max(lengths) * len(lengths) if padded else sum(lengths)) + num_steps * len(lengths)
 
 
 def _fill(
-    order: Sequence[int],
-    lengths: Sequence[int],
-    num_steps: int,
-    budget: int,
-    max_batch: int | None,
-    least_row_cost: int | None,
+    order: Sequence[int], lengths: Sequence[int], num_steps: int, budget: int, max_batch: int | None, padded: bool
 ) -> list[list[int]]:
     batches: list[list[int]] = []
     cost = 0
     for index in order:
-        own = batch_cost([lengths[index]], num_steps, least_row_cost)
-        padded = batches and least_row_cost is None
-        added = lengths[batches[-1][0]] + num_steps if padded else own
+        added = lengths[batches[-1][0] if batches and padded else index] + num_steps
         if not batches or cost + added > budget or len(batches[-1]) == max_batch:
             batches.append([])
-            cost, added = 0, own
+            cost, added = 0, lengths[index] + num_steps
         batches[-1].append(index)
         cost += added
     return batches

@@ -50,15 +50,6 @@ def default_batch_tokens(device: str | torch.device) -> int:
     return 8192 if torch.device(device).type == "cpu" else 65_536
 
 
-def least_row_cost(dtype: torch.dtype) -> int:
-    """Tokens of a batch's budget that a row takes at least on a CPU: short ones make no batch of hundreds.
-
-    With 128 rows in bfloat16, or 96 in float32, the weights that every step reads cost little, and hundreds only make
-    the cache larger.
-    """
-    return 64 if dtype.itemsize <= 2 else 85
-
-
 def prompt_pass_tokens(device: str | torch.device) -> int:
     """Padded tokens of one prompt pass. A batch above it is run in groups of similar length, so padding costs little.
 

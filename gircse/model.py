@@ -25,7 +25,7 @@ from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
 from gircse.grouped_steps import takes_groups
-from gircse.hardware import default_batch_tokens, is_out_of_memory, least_row_cost
+from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
 from gircse.texts import as_texts, is_single
 
@@ -341,10 +341,9 @@ class GIRCSE(SentenceTransformer):
         return self._run_batches(tokenized, num_steps, batch_tokens)[:, : self.truncate_dim].contiguous()
 
     @property
-    def least_row_cost(self) -> int | None:
-        """Tokens of a batch's budget that a row takes at least; None where rows are padded to the longest."""
-        decoder = self.encoder.decoder
-        return least_row_cost(decoder.vocabulary.embedding.weight.dtype) if takes_groups(decoder) else None
+    def pads_batches(self) -> bool:
+        """Whether rows of a batch are padded to its longest: not where soft tokens are written by groups of rows."""
+        return not takes_groups(self.encoder.decoder)
 
     @torch.inference_mode()
     def _run_batches(
@@ -370,8 +369,7 @@ class GIRCSE(SentenceTransformer):
         unique = {ids: index for index, ids in enumerate(texts)}
         lengths = [len(ids) for ids in texts]
         batch_tokens = default_batch_tokens(device) if batch_tokens is None else batch_tokens
-        least = self.least_row_cost
-        plan = partial(plan_batches, num_steps=steps, max_batch=max_batch, least_row_cost=least)
+        plan = partial(plan_batches, num_steps=steps, max_batch=max_batch, padded=self.pads_batches)
         batches = plan(lengths, batch_tokens=batch_tokens)
         if not texts:
             shape = {"sentence_embedding": (), "step_embeddings": (max(steps, 1),), "refinement_states": (steps + 1,)}
@@ -388,7 +386,7 @@ class GIRCSE(SentenceTransformer):
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     self._check_out_of_memory(len(batch), error)
                     left = [index for group in (batch, *batches) for index in group]
-                    budget = batch_cost([lengths[index] for index in batch], steps, least) // 2
+                    budget = batch_cost([lengths[index] for index in batch], steps, padded=self.pads_batches) // 2
                     planned = plan([lengths[index] for index in left], batch_tokens=budget)
                     batches = [[left[place] for place in group] for group in planned]
                     continue

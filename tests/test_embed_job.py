@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gircse.batches import batch_cost
 from gircse.embed.job import INT8_SCALE, EmbedSummary, Progress, embed_corpus, store_as
 from gircse.embed.reader import CorpusReader
 from gircse.embed.writer import ShardFolder, companions, parts_folder
@@ -84,10 +82,10 @@ def test_every_text_gets_its_own_vector_in_input_order(corpus: Path, texts: list
     assert summary.tokens == sum(min(40, len(text) + 3) for text in texts)
 
 
-@pytest.mark.parametrize("least", [None, 1, 30])
-def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_path: Path, least: int | None) -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_path: Path, padded: bool) -> None:
     class Recording(HashingModel):
-        least_row_cost = least
+        pads_batches = padded
 
         def encode_tokenized(self, tokenized: Any, **options: Any) -> np.ndarray:
             batches.append([len(ids) + 2 for ids in tokenized.ids])
@@ -95,11 +93,8 @@ def test_batches_keep_to_the_budget_and_never_cross_a_shard(corpus: Path, tmp_pa
 
     batches: list[list[int]] = []
     run(corpus, tmp_path / "a.npy", model=Recording(), batch_tokens=150, shard_size=20)
-    cost = partial(batch_cost, num_steps=0, least_row_cost=least)  # soft tokens are in the lengths
-    assert all(cost(batch) <= 150 for batch in batches)
-    padded_too = all(max(batch) * len(batch) <= 150 for batch in batches)
-    assert padded_too == (least is None), "padding counts where there is some"
-    assert (max(len(batch) for batch in batches) > 5) == (least != 30)
+    assert all((max(batch) * len(batch) if padded else sum(batch)) <= 150 for batch in batches)
+    assert padded == all(max(batch) * len(batch) <= 150 for batch in batches), "padding counts where there is some"
     ends = np.cumsum([len(batch) for batch in batches])
     assert {20, 40, 50} <= set(ends.tolist())
 

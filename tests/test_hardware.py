@@ -10,7 +10,7 @@ import torch
 from gircse import hardware
 from gircse.cli.common import check_device, load_model
 from gircse.errors import UsageError
-from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, least_row_cost, prompt_pass_tokens
+from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, prompt_pass_tokens
 
 
 @pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
@@ -40,7 +40,6 @@ def test_a_batch_is_larger_where_few_rows_leave_the_hardware_waiting(monkeypatch
     assert default_batch_tokens("cpu") == 8192
     assert default_batch_tokens(torch.device("cuda:1")) == 65_536
     assert prompt_pass_tokens(torch.device("cuda:1")) == 49_152
-    assert [least_row_cost(dtype) for dtype in (torch.float32, torch.bfloat16)] == [85, 64]
 
 
 def test_a_device_that_is_none_is_refused_in_one_line(backbone: Path) -> None:

@@ -284,8 +284,8 @@ class _Run:
         lengths = [len(ids) for ids in tokenized.ids]
         vectors = np.empty((len(rows), self.dim), dtype=np.float32)
         done = self.texts
-        least = getattr(self.model, "least_row_cost", None)
-        for batch in plan_batches(lengths, settings.num_steps, settings.batch_tokens, least_row_cost=least):
+        padded = getattr(self.model, "pads_batches", True)
+        for batch in plan_batches(lengths, settings.num_steps, settings.batch_tokens, padded=padded):
             vectors[batch] = self._embed_batch(rows, tokenized, batch)
             done += len(batch)
             self.tokens += sum(lengths[place] for place in batch)
