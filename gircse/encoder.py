@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers.base.modules import InputModule
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -37,11 +37,11 @@ from gircse.checkpoint import BackboneReference, Checkpoint, RefinementConfig
 from gircse.checksum import vectors_checksum
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.frozen_linear import FrozenLinear, freeze_linear_layers
+from gircse.frozen_linear import freeze_linear_layers
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
 from gircse.int8 import Int8Linear, check_int8
 from gircse.norms import use_fused_norms
-from gircse.packed_linear import PackedLinear, packs_in_place
+from gircse.packed_linear import packed_linear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import encode_prompt, keep_finished, pool_steps, refine
 from gircse.step_graphs import StepGraphs
@@ -236,14 +236,16 @@ class GenerativeEncoder(InputModule):
     def pack(self) -> None:
         """Keep the weights of all linear layers packed and in no other form, the adapter folded in; no way back.
 
+        An LM head that is tied to the embedding table stays there: soft tokens are made of the table itself.
+
         Does nothing where packed products are not the fastest, on a GPU, or where `packed_weights` are not enabled.
         """
         dtype = self.backbone.dtype
         on_cpu = self.backbone.device.type == "cpu"
         if not self.frozen and on_cpu and self.packed_weights.enabled and packs_in_place(dtype):
-            self._freeze(partial(PackedLinear, dtype=dtype))
+            self._freeze(partial(packed_linear, dtype=dtype, table=self.decoder.vocabulary.embedding.weight))
 
-    def _freeze(self, make: Callable[[Tensor, Tensor | None], FrozenLinear]) -> None:
+    def _freeze(self, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
         self.checksum_before_freezing, self._parameters_before_freezing = vectors_checksum(self), self.num_parameters
         self.requires_grad_(False)
         freeze_linear_layers(self.backbone, make)

@@ -92,8 +92,8 @@ class FrozenLinear(nn.Module):
 
 
 @torch.no_grad()
-def freeze_linear_layers(module: nn.Module, make: Callable[[Tensor, Tensor | None], FrozenLinear]) -> int:
-    """Put a `FrozenLinear` in the place of every linear layer, LoRA layers with their adapter folded in.
+def freeze_linear_layers(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module]) -> int:
+    """Put a frozen layer in the place of every linear layer, LoRA layers with their adapter folded in.
 
     Layer by layer, so that there are never two copies of all weights. What is no linear layer (embedding tables, norms,
     the convolutions that GPT-2 multiplies by) stays as it is.
@@ -110,7 +110,7 @@ def freeze_linear_layers(module: nn.Module, make: Callable[[Tensor, Tensor | Non
     return _freeze(module, make, tables)
 
 
-def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], FrozenLinear], tables: set[int]) -> int:
+def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module], tables: set[int]) -> int:
     count = 0
     for name, child in module.named_children():
         linear = _folded(child, tables)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept packed and in no other form: `gircse.packed_weights` without its second copy.
+"""Linear layers whose weights are kept once: packed, `gircse.packed_weights` without its second copy, or as a table.
 
 Knows linear layers and oneDNN; knows nothing of soft tokens, texts or checkpoints. oneDNN's packed weights serve any
 number of rows and can be unpacked without loss, so nothing needs the ordinary ones but training and saving.
@@ -6,11 +6,16 @@ number of rows and can be unpacked without loss, so nothing needs the ordinary o
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gircse.frozen_linear import FrozenLinear
 from gircse.packed_weights import ROWS_PACKED_FOR
+
+OUTPUTS_AT_A_TIME = 8192
+"""Of a `TableLinear`: what is packed for the moment, 9 or 19 MB of SmolLM2's, costs less than a millisecond more."""
 
 
 def packs_in_place(dtype: torch.dtype) -> bool:
@@ -53,3 +58,46 @@ class PackedLinear(FrozenLinear):
         rows = x.reshape(-1, self.in_features)  # (N, in)
         out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class TableLinear(nn.Linear):
+    """y = x·Wᵀ + b with W as a module of embeddings keeps it, which looks its rows up and so cannot have it packed.
+
+    oneDNN packs it anew at every product, a few thousand outputs at a time, to the same result: 2 to 6 ms for 28
+    million weights, whose packed copy would take 57 MB in bfloat16 and 113 in float32 (docs/experiments.md).
+
+    Args:
+        weight: W, (out, in): the parameter of both.
+        bias: b, (out,), or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # without a weight of its own
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = cast(nn.Parameter, weight), cast("nn.Parameter | None", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product, (..., out)."""
+        if torch.is_grad_enabled() or input.device.type != "cpu" or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        rows = input.reshape(-1, self.in_features)  # (N, in)
+        out = rows.new_empty(len(rows), self.out_features)
+        for start in range(0, self.out_features, OUTPUTS_AT_A_TIME):
+            part = slice(start, start + OUTPUTS_AT_A_TIME)
+            bias = None if self.bias is None else self.bias[part]
+            out[:, part] = torch.ops.mkldnn._linear_pointwise(rows, self.weight[part], bias, "none", [], "")
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+def packed_linear(
+    weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, table: Tensor
+) -> PackedLinear | TableLinear:
+    """The layer of a weight that is no longer trained.
+
+    Args:
+        weight: W, (out, in).
+        bias: b, (out,), or None.
+        dtype: What W and b are kept in.
+        table: The embedding table. A weight that is tied to it stays where it is.
+    """
+    return TableLinear(weight, bias) if weight is table else PackedLinear(weight, bias, dtype=dtype)

@@ -24,9 +24,10 @@ from gircse.checksum import vectors_checksum
 from gircse.cli import app
 from gircse.errors import UsageError
 from gircse.model import GIRCSE
-from gircse.packed_linear import PackedLinear, packs_in_place
+from gircse.packed_linear import PackedLinear, TableLinear, packs_in_place
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
+from tests.tiny import tiny_backbone
 
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five", "", "four"]
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packs_in_place(dtype)]
@@ -58,6 +59,42 @@ def test_products_are_those_of_the_plain_layer(out: int, width: int, bias: bool,
         for shape in ((1,), (3,), (64,), (2, 33), (257,), (1100,), (0,)):
             x = torch.randn(*shape, width, dtype=dtype)
             torch.testing.assert_close(made(x), layer(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_with_a_table_are_those_of_its_packed_copy(
+    bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gircse.packed_linear.OUTPUTS_AT_A_TIME", 100)
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 333, bias=bias, dtype=dtype)
+    packed, made = PackedLinear(layer.weight, layer.bias, dtype=dtype), TableLinear(layer.weight, layer.bias)
+    assert made.weight is layer.weight
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for shape in ((1,), (3,), (64,), (2, 33), (0,)):
+        x = torch.randn(*shape, 64, dtype=dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), packed(x), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(made(x), layer(x), rtol=0, atol=0)  # where gradients are on
+    x.requires_grad_()
+    made(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tied_head_stays_the_embedding_table(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny_backbone(tmp_path, "llama-tied")
+    plain = GIRCSE.from_backbone(str(folder), num_steps=3, dtype=dtype, device="cpu").eval()
+    vectors = plain.encode(TEXTS)
+    made = copy.deepcopy(plain).pack_weights()
+    assert distance(made.encode(TEXTS), vectors) < (1e-5 if dtype == torch.float32 else 1e-3)
+    assert not len(made.encoder.packed_weights), "no second copy"
+    for other in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        vocabulary = other.encoder.decoder.vocabulary
+        assert type(vocabulary.head) is TableLinear
+        assert vocabulary.head.weight is vocabulary.embedding.weight
+        np.testing.assert_array_equal(other.encode(TEXTS), made.encode(TEXTS))
 
 
 @pytest.mark.parametrize("folded", [False, True])
