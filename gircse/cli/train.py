@@ -85,7 +85,7 @@ def train(
         loaded = load_recipe(recipe, overrides)
         from gircse.train.callbacks import RunLog
         from gircse.train.plan import try_recipe
-        from gircse.train.run import is_first_process, last_step
+        from gircse.train.run import is_first_process, last_step, leave_processes
         from gircse.train.run import train as run
     if output is None or dry_run:
         with stderr.status("reading the data"):
@@ -95,6 +95,7 @@ def train(
             raise typer.Exit(1)
         return
     model = run(loaded, output, resume=resume, report=RunLog(output / "log.jsonl", last_step(output)))
+    leave_processes()
     if not is_first_process():
         return
     if json_output:

@@ -167,6 +167,11 @@ def is_first_process() -> bool:
     return PartialState().is_main_process
 
 
+def leave_processes() -> None:
+    """End the process group, where there is one: its threads abort a process that ends while they run."""
+    PartialState().destroy_process_group()
+
+
 def last_step(output: Path) -> int:
     """The step of the checkpoint that a run in `output` would go on from; 0 where there is none."""
     last = _last_checkpoint(output / "checkpoints")
