@@ -205,11 +205,6 @@ class Recipe(Section):
         answered = [source.name for source in self.data.sources if source.answer is not None]
         if not answered and self.loss.answer_weight != LossSection.model_fields["answer_weight"].default:
             raise ValueError("loss.answer_weight weighs spelled answers, and no source has an answer; leave it out")
-        if answered and self.refinement().encoder_only:
-            raise ValueError(
-                f"{answered[0]}: an answer is spelled by the last state of a causal prompt; leave out the answer, "
-                "or model.attention and the pooling prompt_mean"
-            )
         return self
 
     @model_validator(mode="after")
