@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gircse.errors import GircseError, UsageError
-from gircse.refiner import ATTENTIONS, POOLINGS
+from gircse.refiner import ATTENTIONS, POOLINGS, PromptReading
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
 """The paper's query format (appendix A): the text follows immediately."""
@@ -37,8 +37,7 @@ class RefinementConfig:
         temperature: Soft-token temperature.
         max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
         instruction_template: How an instruction becomes the prompt before a text.
-        attention: One of `gircse.refiner.ATTENTIONS`; ``bidirectional``, like the pooling ``prompt_mean``, is for
-            encoder-only models, whose K is 0 and stays 0.
+        attention: One of `gircse.refiner.ATTENTIONS`, over the prompt.
     """
 
     num_steps: int = 5
@@ -61,29 +60,11 @@ class RefinementConfig:
             raise UsageError("instruction_template must contain {instruction}")
         if self.attention not in ATTENTIONS:
             raise UsageError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}")
-        self.check_steps(self.num_steps)
-
-    def check_steps(self, num_steps: int) -> None:
-        """Refuse refinement steps where the configuration has no place for them.
-
-        Raises:
-            UsageError: There are steps, and attention or pooling are those of an encoder-only model.
-        """
-        if num_steps and self.attention == "bidirectional":
-            raise UsageError(
-                f"bidirectional attention is for encoder-only models: soft tokens are written after a causal prompt; "
-                f"use num_steps 0, not {num_steps}, or causal attention"
-            )
-        if num_steps and self.pooling == "prompt_mean":
-            raise UsageError(
-                f"pooling prompt_mean is for encoder-only models: it averages the prompt's states and no others; "
-                f"use num_steps 0, not {num_steps}, or the pooling mean_with_prompt"
-            )
 
     @property
-    def encoder_only(self) -> bool:
-        """Whether refinement steps are impossible, so that no cache is needed and every prompt state may count."""
-        return self.attention == "bidirectional" or self.pooling == "prompt_mean"
+    def reading(self) -> PromptReading:
+        """How prompts are read."""
+        return PromptReading(self.attention, self.pooling == "prompt_mean")
 
 
 ADDED_LATER: dict[str, Any] = {"attention": "causal"}

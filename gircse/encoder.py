@@ -43,7 +43,7 @@ from gircse.int8 import Int8Linear, check_int8
 from gircse.norms import use_fused_norms
 from gircse.packed_linear import packed_linear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
-from gircse.refiner import encode_prompt, keep_finished, pool_steps, refine
+from gircse.refiner import keep_finished, pool_steps, refine
 from gircse.step_graphs import StepGraphs
 from gircse.texts import as_texts
 
@@ -76,8 +76,7 @@ class GenerativeEncoder(InputModule):
 
     As a sentence-transformers module it adds three features: ``sentence_embedding`` (B, d); ``step_embeddings``
     (B, max(K, 1), d), the embeddings after each step; both float32 and not normalised; and ``refinement_states``
-    (B, K + 1, d), the states h_0..h_K that they are pooled from; where the configuration is
-    `encoder_only`, the embedding itself.
+    (B, K + 1, d), the states h_0..h_K that they are pooled from.
 
     Args:
         backbone: A causal language model.
@@ -358,15 +357,15 @@ class GenerativeEncoder(InputModule):
             self.step_graphs.drop()  # the model has left a GPU
         pass_tokens = prompt_pass_tokens(device)
         with nullcontext() if self.frozen else self.packed_weights.products(device):
-            if config.encoder_only:
-                config.check_steps(steps if isinstance(steps, int) else max(steps))
-                states = encode_prompt(
-                    *prompt, pooling=config.pooling, attention=config.attention, prompt_tokens=pass_tokens
-                )
-            else:
-                options = {"temperature": config.temperature, "prompt_tokens": pass_tokens, "graphs": self.step_graphs}
-                options["soft_token_gradients"] = features.get("soft_token_gradients", "full")
-                states = refine(*prompt, num_steps=steps, **options)
+            states = refine(
+                *prompt,
+                num_steps=steps,
+                temperature=config.temperature,
+                prompt_tokens=pass_tokens,
+                graphs=self.step_graphs,
+                soft_token_gradients=features.get("soft_token_gradients", "full"),
+                reading=config.reading,
+            )
         features["refinement_states"] = states
         features["step_embeddings"] = pool_steps(states, config.pooling)
         if not isinstance(steps, int):

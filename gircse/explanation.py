@@ -43,13 +43,13 @@ def soft_token_contents(
     """One entry for each of K soft tokens about a text; arguments as in `GIRCSE.explain`."""
     model.eval()
     encoder, decoder = model.encoder, model.encoder.decoder
-    encoder.refinement.check_steps(num_steps)
     encoder.settle_adapter()
     features = encoder.pad(model.tokenize_texts([text], prompt, max_length).ids)
     features = {name: value.to(model.device) for name, value in features.items()}
     temperature = encoder.refinement.temperature
     ids, mask = features["input_ids"], features["attention_mask"]
-    states = refine(decoder, ids, mask, num_steps=num_steps, temperature=temperature)[0]  # (K + 1, d)
+    reading = encoder.refinement.reading
+    states = refine(decoder, ids, mask, num_steps=num_steps, temperature=temperature, reading=reading)[0]  # (K + 1, d)
     probabilities = decoder.vocabulary.probabilities(states[:-1], temperature)  # (K, V)
     weights, heaviest = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     entropies = torch.special.entr(probabilities).sum(dim=-1)

@@ -21,7 +21,7 @@ _POOLED = {
     "mean": "the mean of their hidden states",
     "last": "the hidden state of the last",
     "mean_with_prompt": "the mean of their hidden states and the prompt's own",
-    "prompt_mean": "the mean of the prompt's hidden states, without any soft token",
+    "prompt_mean": "the mean of their hidden states and the mean of the prompt's",
 }
 
 

@@ -7,6 +7,7 @@ paper (arXiv 2509.24291).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,13 +27,13 @@ from gircse.trained_steps import TrainedGroup
 
 Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
 """How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k. Without
-refinement steps all three are h_0; ``prompt_mean``, which is for that case alone, is the mean of the states of all
-prompt tokens."""
+refinement steps all are h_0, the state of the prompt's last token; with ``prompt_mean``, otherwise like
+``mean_with_prompt``, h_0 is the mean of the states of all prompt tokens, and writes the first soft token."""
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 Attention = Literal["causal", "bidirectional"]
-"""What a prompt token sees: the tokens before it, or, without refinement steps only, all of them."""
+"""What a prompt token sees: the tokens before it, or all tokens of the prompt. A soft token sees all before it."""
 
 ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
@@ -41,6 +42,29 @@ GPU_WORTH_SHARING = 32_768
 
 DECODE_PADDING = 512
 """Padded tokens that cost a CPU's attention over one group about as much as a group of their own would."""
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """How a prompt is read.
+
+    Attributes:
+        attention: One of `ATTENTIONS`. Under ``bidirectional`` a layer with a sliding window keeps it, both ways.
+        mean: Whether h_0 is the mean of the states of all prompt tokens, the instruction's included, instead of the
+            state of the last.
+    """
+
+    attention: str = "causal"
+    mean: bool = False
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what rows begin with can be computed once for all: its states know no text, and count in none."""
+        return self.attention == "causal" and not self.mean
+
+
+CAUSAL = PromptReading()
+"""The paper's."""
 
 
 def refine(
@@ -53,6 +77,7 @@ def refine(
     prompt_tokens: int | None = None,
     graphs: StepGraphs | None = None,
     soft_token_gradients: str = "full",
+    reading: PromptReading = CAUSAL,
 ) -> Tensor:
     """Run the prompt once and then `num_steps` soft tokens over its cache.
 
@@ -72,20 +97,23 @@ def refine(
         graphs: Recorded steps to replay on a GPU, where they serve this decoder and all rows have the same K.
         soft_token_gradients: What goes from a soft token back to the state that wrote it, one of
             `gircse.gradient_chain.SOFT_TOKEN_GRADIENTS`. The states are the same.
+        reading: How the prompt is read.
 
     Returns:
-        (B, K + 1, d): h_0 (the prompt's last state), h_1, ..., h_K of the largest K; zeros after a row's own K.
+        (B, K + 1, d): h_0 (the prompt's last state, or the mean of all), h_1, ..., h_K of the largest K; zeros after a
+        row's own K.
 
     Raises:
         UsageError: Prompt and soft tokens are together longer than the backbone's positions, or gradient checkpointing
             is on (it disables the cache that the loop lives on).
+        UnsupportedBackboneError: Bidirectional attention over a family that no test covers.
     """
     own_steps = [num_steps] * len(input_ids) if isinstance(num_steps, int) else list(num_steps)
     num_steps = max(own_steps)
-    _check(decoder, attention_mask, own_steps, temperature)
-    fits = decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window
+    _check(decoder, attention_mask, own_steps, temperature, reading)
+    shares = reading.shares_prefix and (decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window)
     worth = 0 if input_ids.device.type == "cpu" else GPU_WORTH_SHARING
-    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=fits, worth=worth)
+    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=shares, worth=worth)
     order = [row for prompt in prompts for row in prompt.rows]
     longest = max(prompt.mask.shape[1] for prompt in prompts)
     table = decoder.vocabulary.embedding.weight  # of the dtype and on the device of the states
@@ -95,15 +123,15 @@ def refine(
     chain = GradientChain(soft_token_gradients)
     if num_steps and graphs is None and takes_groups(decoder):
         if not (decoder.transformer.training or torch.is_grad_enabled()):
-            return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype)
+            return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype, reading)
         # Gradient caching takes a pass without gradients first, which must round as the one with them.
         if min(own_steps) == num_steps:
-            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, chain)
+            return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, chain, reading)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
     prefixes = _run_prefixes(decoder, prompts)
-    first, caches = _run_prompts(decoder, prompts, prefixes, joined, keep=num_steps > 0)
+    first, caches = _run_prompts(decoder, prompts, prefixes, joined, reading, keep=num_steps > 0)
     if num_steps == 0:
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
@@ -142,7 +170,12 @@ def refine(
 
 
 def _refine_in_groups(
-    decoder: Decoder, prompts: Sequence[PromptGroup], own_steps: Sequence[int], temperature: float, dtype: torch.dtype
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    own_steps: Sequence[int],
+    temperature: float,
+    dtype: torch.dtype,
+    reading: PromptReading,
 ) -> Tensor:
     """As `refine`: every group of prompts keeps a cache of its own length."""
     num_steps, layers = max(own_steps), _count_layers(decoder)
@@ -156,7 +189,7 @@ def _refine_in_groups(
         order.append([row for prompt in group for row in prompt.rows])
         longest = group[0].ids.shape[1]
         room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, for_products=True)
-        firsts.append(_run_prompts(decoder, group, prefixes, room, keep=True)[0])
+        firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
         prefix = cache_tensors(prefixes[group[0].prefix])
         shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix]
         masks = [F.pad(prompt.own_mask, (longest - prompt.ids.shape[1], 0)) for prompt in group]
@@ -182,12 +215,13 @@ def _refine_in_training(
     temperature: float,
     dtype: torch.dtype,
     chain: GradientChain,
+    reading: PromptReading,
 ) -> Tensor:
     """As `_refine_in_groups`, differentiable; all rows have the same K."""
     prefixes = _run_prefixes(decoder, prompts)
     firsts, groups = [], []
     for group in join_groups(prompts, DECODE_PADDING):
-        first, caches = _run_prompts(decoder, group, prefixes, None, keep=True)
+        first, caches = _run_prompts(decoder, group, prefixes, None, reading, keep=True)
         longest = max(prompt.mask.shape[1] for prompt in group)
         mask = torch.cat([F.pad(prompt.mask, (longest - prompt.mask.shape[1], 0)) for prompt in group])
         groups.append(TrainedGroup([cache_tensors(cache) for cache in caches], mask, dtype))
@@ -197,61 +231,6 @@ def _refine_in_training(
         token = decoder.vocabulary.soft_token(chain.source(states[-1]), temperature, detach=chain.detached)
         states.append(chain.written(steps.next_states(token)))
     return _restore(torch.stack(states, dim=1), [row for prompt in prompts for row in prompt.rows])
-
-
-def encode_prompt(
-    decoder: Decoder,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    pooling: str,
-    attention: str,
-    prompt_tokens: int | None = None,
-) -> Tensor:
-    """The encoder-only baselines: one pass over the prompt, no cache, no soft tokens.
-
-    Under bidirectional attention a layer with a sliding window keeps it, in both directions.
-
-    Args:
-        decoder: The backbone, taken apart.
-        input_ids: (B, N) token ids, padded on either side.
-        attention_mask: (B, N), 1 for tokens and 0 for padding; every row has at least one token.
-        pooling: ``prompt_mean`` for the mean of all tokens' states, the instruction's included; any other for the
-            state of the last token.
-        attention: One of `ATTENTIONS`.
-        prompt_tokens: As in `refine`; an instruction is not shared, as its states may depend on the text.
-
-    Returns:
-        (B, 1, d).
-
-    Raises:
-        UsageError: The prompt is longer than the backbone's positions.
-        UnsupportedBackboneError: Bidirectional attention over a family that no test covers.
-    """
-    _check(decoder, attention_mask, [0] * len(input_ids), 1.0)
-    options = {}
-    if attention == "bidirectional":
-        if (kind := str(getattr(decoder.transformer.config, "model_type", "unknown"))) not in PARITY_TESTED:
-            raise UnsupportedBackboneError(f"bidirectional attention is not tested for {kind}; use attention: causal")
-        options["is_causal"] = False  # transformers then makes the masks of all layers, and attention itself, two-sided
-    prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=False)
-    vectors = []
-    for prompt in prompts:
-        out = decoder.transformer(
-            input_ids=prompt.ids,
-            attention_mask=prompt.mask,
-            position_ids=(prompt.mask.cumsum(dim=1) - 1).clamp_min(0),
-            use_cache=False,
-            **options,
-        )
-        states = out.last_hidden_state  # (b, N, d)
-        if pooling == "prompt_mean":
-            padding = (prompt.mask == 0).unsqueeze(-1)
-            sums = states.float().masked_fill(padding, 0).sum(dim=1)
-            vectors.append(sums / prompt.mask.sum(dim=1, keepdim=True))
-        else:
-            vectors.append(states[:, -1])
-    return _restore(torch.cat(vectors).unsqueeze(1), [row for prompt in prompts for row in prompt.rows])
 
 
 def _run_prefixes(decoder: Decoder, prompts: Sequence[PromptGroup]) -> dict[tuple[int, ...], DynamicCache]:
@@ -271,6 +250,7 @@ def _run_prompts(
     prompts: Sequence[PromptGroup],
     prefixes: Mapping[tuple[int, ...], DynamicCache],
     joined: JoinedPrompts | None,
+    reading: PromptReading,
     *,
     keep: bool,
 ) -> tuple[Tensor, list[DynamicCache]]:
@@ -281,6 +261,7 @@ def _run_prompts(
         prompts: The groups.
         prefixes: Of `_run_prefixes`.
         joined: Where keys and values go, if all of them have their place already.
+        reading: How prompts are read.
         keep: Whether they are wanted at all.
 
     Returns:
@@ -293,13 +274,15 @@ def _run_prompts(
             cache = joined.next_group(len(prompt.rows), prefix)
         else:
             cache = new_cache() if prefix is None else expand_cache(prefix, len(prompt.rows), keep=keep)
-        firsts.append(_prompt_pass(decoder, prompt, cache, keep=keep))
+        firsts.append(_prompt_pass(decoder, prompt, cache, reading, keep=keep))
         if keep and joined is None:
             caches.append(cache)
     return torch.cat(firsts), caches
 
 
-def _prompt_pass(decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, *, keep: bool) -> Tensor:
+def _prompt_pass(
+    decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, reading: PromptReading, *, keep: bool
+) -> Tensor:
     """h_0 of a group's rows, (b, d); fills the cache."""
     use_cache = keep or bool(prompt.prefix)
     positions = (prompt.mask.cumsum(dim=1) - 1).clamp_min(0)  # counted from each row's first token
@@ -309,8 +292,18 @@ def _prompt_pass(decoder: Decoder, prompt: PromptGroup, cache: DynamicCache, *, 
         position_ids=positions[:, len(prompt.prefix) :],
         past_key_values=cache if use_cache else None,
         use_cache=use_cache,
+        # transformers then makes the masks of all layers, and attention itself, two-sided
+        **({"is_causal": False} if reading.attention == "bidirectional" else {}),
     )
-    return out.last_hidden_state[:, -1]
+    return _first_state(out.last_hidden_state, prompt.own_mask, reading)
+
+
+def _first_state(states: Tensor, mask: Tensor, reading: PromptReading) -> Tensor:
+    """h_0, (b, d), of a prompt's states, (b, N, d), padded on the left."""
+    if not reading.mean:
+        return states[:, -1]
+    sums = states.float().masked_fill((mask == 0).unsqueeze(-1), 0).sum(dim=1)
+    return (sums / mask.sum(dim=1, keepdim=True)).to(states.dtype)
 
 
 def _count_layers(decoder: Decoder) -> int:
@@ -333,15 +326,17 @@ def recompute_states(
     num_steps: int,
     temperature: float = 1.0,
     soft_token_gradients: str = "full",
+    reading: PromptReading = CAUSAL,
 ) -> Tensor:
     """The same states by the plain loop: the whole sequence through the transformer at every step, without a cache.
 
-    The yardstick of the parity check; K + 1 times the prompt's cost. Arguments and result as in `refine`.
+    The yardstick of the parity check; K + 1 times the prompt's cost. Arguments and result as in `refine`. Under
+    bidirectional attention all must fit into a sliding window, as it knows none.
     """
-    _check(decoder, attention_mask, [num_steps] * len(input_ids), temperature)
+    _check(decoder, attention_mask, [num_steps] * len(input_ids), temperature, reading)
     input_ids, attention_mask = align_right(input_ids, attention_mask)
     embeddings = decoder.vocabulary.embedding(input_ids)  # (B, N, d)
-    one = attention_mask.new_ones(len(attention_mask), 1)
+    one, length = attention_mask.new_ones(len(attention_mask), 1), attention_mask.shape[1]
     states: list[Tensor] = []
     chain = GradientChain(soft_token_gradients)
     for step in range(num_steps + 1):
@@ -349,14 +344,23 @@ def recompute_states(
             token = decoder.vocabulary.soft_token(chain.source(states[-1]), temperature, detach=chain.detached)
             embeddings = torch.cat([embeddings, token.unsqueeze(1)], dim=1)
             attention_mask = torch.cat([attention_mask, one], dim=1)
+        two_sided = reading.attention == "bidirectional"
         out = decoder.transformer(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
+            attention_mask=_two_sided_mask(attention_mask, length, embeddings.dtype) if two_sided else attention_mask,
             position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),
             use_cache=False,
-        )
-        states.append(chain.written(out.last_hidden_state[:, -1]))
+        ).last_hidden_state
+        states.append(chain.written(out[:, -1] if step else _first_state(out, attention_mask, reading)))
     return torch.stack(states, dim=1)
+
+
+def _two_sided_mask(mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """To be added to scores, (B, 1, M, M): all of the first `length` tokens see each other, later ones those before."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    seen = (places <= places.unsqueeze(1)) | (places < length)  # (M, M); no prompt token is after `length`
+    seen = seen & mask.bool()[:, None, None, :]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def pool_steps(states: Tensor, pooling: str) -> Tensor:
@@ -372,11 +376,9 @@ def pool_steps(states: Tensor, pooling: str) -> Tensor:
     states = states.float()
     if states.shape[1] == 1:
         return states
-    if pooling == "prompt_mean":
-        raise UsageError("pooling prompt_mean knows no refinement steps; use num_steps 0")
     if pooling == "last":
         return states[:, 1:]
-    first = 0 if pooling == "mean_with_prompt" else 1
+    first = 1 if pooling == "mean" else 0
     sums = states[:, first:].cumsum(dim=1)
     counts = torch.arange(1, sums.shape[1] + 1, device=states.device).view(1, -1, 1)
     return (sums / counts)[:, 1 - first :]
@@ -400,7 +402,12 @@ def keep_finished(step_embeddings: Tensor, states: Tensor, num_steps: Sequence[i
     return torch.where((own == 0).unsqueeze(-1), states[:, :1].to(kept.dtype), kept)
 
 
-def _check(decoder: Decoder, attention_mask: Tensor, num_steps: Sequence[int], temperature: float) -> None:
+def _check(
+    decoder: Decoder, attention_mask: Tensor, num_steps: Sequence[int], temperature: float, reading: PromptReading
+) -> None:
+    kind = str(getattr(decoder.transformer.config, "model_type", "unknown"))
+    if reading.attention == "bidirectional" and kind not in PARITY_TESTED:
+        raise UnsupportedBackboneError(f"bidirectional attention is not tested for {kind}; use attention: causal")
     if len(num_steps) != len(attention_mask):
         raise UsageError(f"num_steps has {len(num_steps)} numbers for {len(attention_mask)} texts; give one K for each")
     if min(num_steps) < 0:

@@ -17,7 +17,7 @@ from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps, takes_groups
 from gircse.prompts import PromptGroup, join_groups
 from gircse.refiner import refine
-from tests.tiny import instructed_batch, random_batch, tiny_model
+from tests.tiny import instructed_batch, random_batch, relative_error, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
 LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
@@ -39,10 +39,6 @@ def plain(decoder: Decoder, *args: Any, **options: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refiner, "takes_groups", lambda decoder: False)
         return refine(decoder, *args, **options)
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @pytest.mark.parametrize("shared", [0, 7])

@@ -15,7 +15,7 @@ from gircse.errors import UsageError
 from gircse.prompts import plan_prompts, shared_prefix
 from gircse.refiner import keep_finished, pool_steps, refine
 from gircse.soft_tokens import Vocabulary
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import FAMILIES, random_batch, relative_error, tiny_model
 
 STEPS = 4
 LENGTHS = [9, 3, 12, 1]
@@ -34,10 +34,6 @@ def plain_states(model: PreTrainedModel, ids: Tensor, num_steps: int, temperatur
             soft = F.softmax(out.logits[0, -1] / temperature, dim=-1) @ embeddings(vocabulary)
             inputs = torch.cat([inputs, soft.view(1, 1, -1)], dim=1)
     return torch.stack(states)
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

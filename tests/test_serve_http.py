@@ -206,16 +206,6 @@ def test_the_key_is_asked_for_wherever_the_application_is_mounted(model: GIRCSE)
     assert asyncio.run(ask())[:4] == [401, 401, 401, 200]
 
 
-def test_an_encoder_only_model_takes_no_steps(backbone: Path) -> None:
-    plain = GIRCSE.from_backbone(
-        str(backbone), num_steps=0, pooling="prompt_mean", max_seq_length=48, prompts={}, device="cpu"
-    )
-    with running(Service(plain, tiny_settings(), NAME)) as url:
-        assert "prompt_mean" in error(post(url, {"input": "a", "num_steps": 1}), 400)["message"]
-        assert post(url, {"input": "a"}).status_code == 200
-        assert CLIENT.get(url + "/v1/models").json()["data"][0]["max_num_steps"] == 0
-
-
 def test_explain_reads_as_much_as_the_server_takes(backbone: Path) -> None:
     model, text = tiny_model(backbone), "abcdefg " * 7
     with running(Service(model, tiny_settings(max_tokens=58, max_num_steps=4), NAME)) as url:

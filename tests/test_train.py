@@ -44,11 +44,6 @@ def folder(tmp_path: Path) -> Path:
         ({"model": {"num_steps": -1}}, "model.num_steps: Input should be greater than or equal to 0"),
         ({"loss": {"temperature": 0}}, "loss.temperature"),
         ({"model": {"pooling": "max"}}, "model.pooling"),
-        ({"model": {"attention": "bidirectional"}}, "model: bidirectional attention is for encoder-only models"),
-        (
-            {"model": {"pooling": "prompt_mean", "num_steps": 2}},
-            "model: pooling prompt_mean is for encoder-only models",
-        ),
         ({"loss": {"step_weights": "linear", "stepwise": False}}, "loss: step_weights weighs the losses of all steps"),
         ({"loss": {"detach_reference": True, "refinement_weight": 0}}, "loss: detach_reference is about the penalty"),
         ({"loss": {"prompt_step": True, "step_weights": "linear"}}, "loss: prompt_step is one of the steps"),

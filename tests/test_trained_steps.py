@@ -26,7 +26,7 @@ from gircse.train import fused_lora as fused_lora_module
 from gircse.train import step_lora
 from gircse.train.fused_lora import fused_lora
 from gircse.trained_steps import Collected
-from tests.tiny import instructed_batch, random_batch, tiny_backbone, tiny_model
+from tests.tiny import instructed_batch, random_batch, relative_error, tiny_backbone, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]
 LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
@@ -49,10 +49,6 @@ def plain() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refiner, "takes_groups", lambda decoder: False)
         yield patch
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def weighed(states: Tensor) -> Tensor:

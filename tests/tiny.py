@@ -132,3 +132,9 @@ def instructed_batch(lengths: list[int], shared: int, *, side: str) -> tuple[tor
         start = ids.shape[1] - length - shared if side == "left" else 0
         ids[row, start : start + shared] = torch.arange(shared) + 5
     return ids, mask
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of `a` against `b`, by their norms."""
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))

@@ -183,7 +183,7 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
             created=started,
             dimension=service.dimension,
             num_steps=service.limits.num_steps,
-            max_num_steps=0 if service.model.encoder.refinement.encoder_only else service.settings.max_num_steps,
+            max_num_steps=service.settings.max_num_steps,
             max_tokens=service.limits.max_tokens,
             max_items=service.settings.max_items,
             prompts={"query": service.own_prompt("query"), "document": service.own_prompt("document")},

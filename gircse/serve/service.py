@@ -268,10 +268,6 @@ class Service:
             raise InvalidRequestError(
                 f"num_steps must be between 0 and {self.settings.max_num_steps}, not {num_steps}", param="num_steps"
             )
-        try:
-            self.model.encoder.refinement.check_steps(num_steps)
-        except UsageError as error:
-            raise InvalidRequestError(str(error), param="num_steps") from error
         return num_steps
 
     def _check_items(self, count: int, param: str) -> None:

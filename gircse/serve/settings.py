@@ -123,7 +123,6 @@ def fit_to_model(settings: ServeSettings, model: GIRCSE, default_name: str) -> M
     max_tokens = settings.max_tokens or model.max_seq_length or 512
     num_steps = model.num_steps if settings.num_steps is None else settings.num_steps
     settings.check_steps(num_steps)
-    model.encoder.refinement.check_steps(num_steps)
     positions = model.encoder.decoder.max_positions
     if max_tokens + settings.max_num_steps > positions:
         raise UsageError(

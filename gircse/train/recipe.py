@@ -31,7 +31,7 @@ class ModelSection(Section):
     pooling: Pooling = "mean"
     temperature: float = Field(default=1.0, gt=0, description="soft-token temperature")
     max_seq_length: int = Field(default=512, ge=1, description="longest prompt in tokens at inference")
-    attention: Attention = Field(default="causal", description="over the prompt; bidirectional for num_steps 0 only")
+    attention: Attention = Field(default="causal", description="what a prompt token sees")
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelSection:

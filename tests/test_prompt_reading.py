@@ -1,4 +1,4 @@
-"""Encoder-only baselines: which tokens see which, which states count, what a checkpoint keeps of it. Tiny models."""
+"""How a prompt is read: which tokens see which, which states count, what a checkpoint keeps of it. Tiny models."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gircse.checkpoint import RefinementConfig
 from gircse.decoders import Decoder
-from gircse.errors import GircseError, UnsupportedBackboneError, UsageError
+from gircse.errors import GircseError, UnsupportedBackboneError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.refiner import encode_prompt, refine
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from gircse.refiner import PromptReading, recompute_states, refine
+from tests.tiny import FAMILIES, random_batch, relative_error, tiny_model
 
 KINDS = [("prompt_mean", "causal"), ("last", "bidirectional"), ("prompt_mean", "bidirectional")]
+READINGS = [PromptReading(mean=True), PromptReading("bidirectional"), PromptReading("bidirectional", mean=True)]
 TEXTS = ["a cat", "some dogs ran far away over the hills", "is it", "a cat sat", "what would they say to that"]
 
 
@@ -36,14 +36,13 @@ def test_every_token_sees_every_token_and_no_padding(family: str) -> None:
         ids, mask = random_batch(lengths, side=side)
         with torch.no_grad():
             decoder = Decoder.from_model(tiny_model(family))
-            for pooling in ("last", "prompt_mean"):
+            for mean in (False, True):
                 for tokens in (None, 8):
-                    found = encode_prompt(
-                        decoder, ids, mask, pooling=pooling, attention="bidirectional", prompt_tokens=tokens
-                    )
+                    reading = PromptReading("bidirectional", mean)
+                    found = refine(decoder, ids, mask, num_steps=0, reading=reading, prompt_tokens=tokens)
                     for row in range(len(ids)):
                         states = two_sided(family, ids[row][mask[row].bool()])
-                        expected = states[-1] if pooling == "last" else states.mean(dim=0)
+                        expected = states.mean(dim=0) if mean else states[-1]
                         torch.testing.assert_close(found[row, 0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -51,22 +50,47 @@ def test_the_mean_is_over_the_tokens_of_a_causal_prompt() -> None:
     ids, mask = random_batch([9, 3, 6], side="right")
     decoder = Decoder.from_model(tiny_model())
     with torch.no_grad():
-        found = encode_prompt(decoder, ids, mask, pooling="prompt_mean", attention="causal", prompt_tokens=8)
+        found = refine(decoder, ids, mask, num_steps=0, reading=PromptReading(mean=True), prompt_tokens=8)
         for row in range(3):
             tokens = ids[row][mask[row].bool()]
             prefixes = [
                 refine(decoder, tokens[None, :n], torch.ones(1, n), num_steps=0) for n in range(1, len(tokens) + 1)
             ]
             torch.testing.assert_close(found[row, 0], torch.cat(prefixes)[:, 0].mean(dim=0), rtol=1e-4, atol=1e-5)
-        last = encode_prompt(decoder, ids, mask, pooling="last", attention="causal")
-        torch.testing.assert_close(last, refine(decoder, ids, mask, num_steps=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_tokens_after_any_reading_equal_the_plain_loop(family: str, reading: PromptReading) -> None:
+    """Values at inference and in training, and gradients; rows fit into every window."""
+    lengths = [2, 1, 2] if "sliding" in family or family.startswith("gemma") else [9, 3, 6]
+    model = tiny_model(family)
+    decoder = Decoder.from_model(model)
+    ids, mask = random_batch(lengths, side="right")
+    expected = recompute_states(decoder, ids, mask, num_steps=3, reading=reading)
+    with torch.no_grad():
+        assert not torch.allclose(expected, refine(decoder, ids, mask, num_steps=3), rtol=1e-3), "the reading counts"
+        for tokens in (None, 8):
+            found = refine(decoder, ids, mask, num_steps=3, reading=reading, prompt_tokens=tokens)
+            assert relative_error(found, expected) <= 1e-4
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
+    states = refine(decoder, ids, mask, num_steps=3, reading=reading, prompt_tokens=8)
+    assert relative_error(states, expected) <= 1e-4
+    found = torch.autograd.grad((states * weights).sum(), parameters, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            assert relative_error(ours, theirs) <= 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize(("pooling", "attention"), KINDS)
 def test_same_text_same_vector_in_any_batch_and_after_loading(
-    backbone: Path, tmp_path: Path, pooling: str, attention: str
+    backbone: Path, tmp_path: Path, pooling: str, attention: str, num_steps: int
 ) -> None:
-    model = GIRCSE.from_backbone(str(backbone), num_steps=0, max_seq_length=60, device="cpu")
+    model = GIRCSE.from_backbone(str(backbone), num_steps=num_steps, max_seq_length=60, device="cpu")
     plain = torch.tensor(model.encode(TEXTS))
     model.encoder.configure(pooling=pooling, attention=attention)
     vectors = torch.tensor(model.encode(TEXTS))
@@ -86,18 +110,27 @@ def test_same_text_same_vector_in_any_batch_and_after_loading(
 
 
 @pytest.mark.parametrize(("pooling", "attention"), KINDS)
-def test_there_are_no_refinement_steps(backbone: Path, pooling: str, attention: str) -> None:
-    model = GIRCSE.from_backbone(str(backbone), num_steps=0, device="cpu")
+def test_all_calls_read_a_prompt_alike(backbone: Path, pooling: str, attention: str) -> None:
+    """Each K from one run, each by itself, rows with different K, and what soft tokens are made of."""
+    model = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu")
+    causal = model.explain(TEXTS[1], num_steps=1)[0]
     model.encoder.configure(pooling=pooling, attention=attention)
-    assert model.encode_states(TEXTS).shape == (len(TEXTS), 1, 32)
-    for wrong in (
-        lambda: model.encode(TEXTS, num_steps=2),
-        lambda: setattr(model, "num_steps", 1),
-        lambda: RefinementConfig(num_steps=3, pooling=pooling, attention=attention),
-    ):
-        with pytest.raises(UsageError, match=r"encoder-only models.*use num_steps 0"):
-            wrong()
-    assert model.num_steps == 0
+    steps = torch.tensor(model.encode_steps(TEXTS))
+    for k in (1, 2, 3):
+        torch.testing.assert_close(
+            torch.tensor(model.encode(TEXTS, num_steps=k)), steps[:, k - 1], rtol=1e-4, atol=1e-5
+        )
+    states = model.encode_states(TEXTS)
+    pooled = states[:, 3] if pooling == "last" else states.mean(dim=1)
+    torch.testing.assert_close(pooled, steps[:, 2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[:, 0], torch.tensor(model.encode(TEXTS, num_steps=0)), rtol=1e-4, atol=1e-5)
+    features = model.preprocess(TEXTS)
+    with torch.no_grad():
+        own = model.encoder(features, num_steps=[0, 1, 2, 3, 1])["sentence_embedding"]
+    expected = torch.stack([states[0, 0], *(steps[row, k - 1] for row, k in ((1, 1), (2, 2), (3, 3), (4, 1)))])
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    made = model.explain(TEXTS[1], num_steps=1)[0]
+    assert made.entropy != pytest.approx(causal.entropy, rel=1e-4), "the first soft token is written by what h_0 is now"
 
 
 def test_a_checkpoint_without_the_key_is_causal(backbone: Path, tmp_path: Path) -> None:
@@ -121,13 +154,14 @@ def test_families_without_a_test_are_refused() -> None:
     model.config.model_type = model.model.config.model_type = "llama-of-tomorrow"  # type: ignore[union-attr]
     ids, mask = random_batch([4])
     with pytest.raises(UnsupportedBackboneError, match="llama-of-tomorrow; use attention: causal"):
-        encode_prompt(Decoder.from_model(model), ids, mask, pooling="last", attention="bidirectional")
+        refine(Decoder.from_model(model), ids, mask, num_steps=0, reading=PromptReading("bidirectional"))
 
 
+@pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize(("pooling", "attention"), KINDS)
-def test_a_baseline_is_trained_through_what_it_reads(backbone: Path, pooling: str, attention: str) -> None:
+def test_a_model_is_trained_through_what_it_reads(backbone: Path, pooling: str, attention: str, num_steps: int) -> None:
     """Gradients agree with a finite difference."""
-    model = GIRCSE.from_backbone(str(backbone), num_steps=0, full_finetune=True, device="cpu")
+    model = GIRCSE.from_backbone(str(backbone), num_steps=num_steps, full_finetune=True, device="cpu")
     model.encoder.configure(pooling=pooling, attention=attention)
     loss = ICRLoss(model, 0.5)
     batch = [model.preprocess(TEXTS[:2]), model.preprocess(TEXTS[2:4])]
