@@ -16,7 +16,7 @@ from gircse.cached_loss import CachedICRLoss
 from gircse.decoders import Decoder
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.refiner import refine
+from gircse.refiner import CAUSAL, PromptReading, refine
 from gircse.step_graphs import StepGraphs
 from gircse.train.fused_lora import fused_lora
 from tests.tiny import tiny_backbone, tiny_model
@@ -39,23 +39,24 @@ def batch(rows: int = 5, length: int = 9) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def run(
-    model: Any, graphs: StepGraphs | None, *, num_steps: int = 4, temperature: float = 0.8
-) -> tuple[Tensor, list[Any]]:
+def run(model: Any, graphs: StepGraphs | None, reading: PromptReading) -> tuple[Tensor, list[Any]]:
     model.zero_grad()
-    states = refine(Decoder.from_model(model), *batch(), num_steps=num_steps, temperature=temperature, graphs=graphs)
+    states = refine(Decoder.from_model(model), *batch(), num_steps=4, temperature=0.8, graphs=graphs, reading=reading)
     (states * torch.linspace(0.5, 2.0, states.numel()).view_as(states)).sin().sum().backward()
     return states.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("reading", [CAUSAL, PromptReading("bidirectional", mean=True)], ids=str)
 @pytest.mark.parametrize(
     "family", ["llama", "llama-tied", "qwen3", "gemma", "granite-multipliers", "gpt2-learned-positions"]
 )
-def test_states_and_gradients_are_those_of_the_plain_loop(family: str, graphs: StepGraphs) -> None:
+def test_states_and_gradients_are_those_of_the_plain_loop(
+    family: str, reading: PromptReading, graphs: StepGraphs
+) -> None:
     model = tiny_model(family)
-    expected, gradients = run(model, None)
+    expected, gradients = run(model, None, reading)
     for _ in range(2):  # again over the same buffers
-        found, others = run(model, graphs)
+        found, others = run(model, graphs, reading)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for one, other in zip(others, gradients, strict=True):
             assert (one is None) == (other is None)
@@ -63,7 +64,9 @@ def test_states_and_gradients_are_those_of_the_plain_loop(family: str, graphs: S
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
     assert len(graphs._steps) == 1, "they were used"
     with torch.inference_mode():
-        states = refine(Decoder.from_model(model), *batch(), num_steps=4, temperature=0.8, graphs=graphs)
+        states = refine(
+            Decoder.from_model(model), *batch(), num_steps=4, temperature=0.8, graphs=graphs, reading=reading
+        )
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
     assert any(key[0] == 64 for key in graphs._steps), "rows are padded"
 
