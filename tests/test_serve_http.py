@@ -206,6 +206,17 @@ def test_the_key_is_asked_for_wherever_the_application_is_mounted(model: GIRCSE)
     assert asyncio.run(ask())[:4] == [401, 401, 401, 200]
 
 
+def test_a_model_that_takes_the_prompts_mean_has_soft_tokens_too(backbone: Path) -> None:
+    model = tiny_model(backbone)
+    model.encoder.configure(num_steps=0, pooling="prompt_mean", attention="bidirectional")
+    with running(Service(model, tiny_settings(max_num_steps=4), NAME)) as url:
+        for num_steps in (0, 2):
+            vector = post(url, {"input": "a", "num_steps": num_steps}).json()["data"][0]["embedding"]
+            expected = model.encode("a", num_steps=num_steps, normalize_embeddings=True)
+            assert vector == pytest.approx(expected.tolist(), abs=1e-5)
+        assert CLIENT.get(url + "/v1/models").json()["data"][0]["max_num_steps"] == 4
+
+
 def test_explain_reads_as_much_as_the_server_takes(backbone: Path) -> None:
     model, text = tiny_model(backbone), "abcdefg " * 7
     with running(Service(model, tiny_settings(max_tokens=58, max_num_steps=4), NAME)) as url:

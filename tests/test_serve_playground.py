@@ -58,6 +58,16 @@ def rows(page: Page) -> list[list[str]]:
     return [[weight.inner_text() for weight in row.query_selector_all(".chip small")] for row in found]
 
 
+def test_an_encoder_only_model_begins_at_its_own_vector(backbone: Path, opened: Any) -> None:
+    plain = tiny_model(backbone)
+    plain.num_steps = 0
+    with running(Service(plain, tiny_settings(max_num_steps=8), NAME)) as url:
+        page = opened(url)
+        page.wait_for_selector("#facts b")
+        steps = [page.get_attribute("#steps", "min"), page.input_value("#steps"), page.get_attribute("#steps", "max")]
+        assert steps == ["0", "0", "8"]
+
+
 def test_soft_tokens_appear_and_the_slider_adds_steps(server: str, model: GIRCSE, opened: Any) -> None:
     page = opened(server)
     page.wait_for_selector("#facts b")
