@@ -106,6 +106,7 @@ class GIRCSE(SentenceTransformer):
         pooling: str = "mean",
         temperature: float = 1.0,
         max_seq_length: int = 512,
+        attention: str = "causal",
         lora: LoraConfig | None = None,
         full_finetune: bool = False,
         prompts: dict[str, str] | None = None,
@@ -118,9 +119,10 @@ class GIRCSE(SentenceTransformer):
         Args:
             name_or_path: A folder, a hub id, or a known name (``smollm2-135m``, ``gemma3-270m``).
             num_steps: K, kept in the checkpoint.
-            pooling: ``mean`` of the soft-token states, ``last``, or ``mean_with_prompt``.
+            pooling: One of `gircse.refiner.POOLINGS`.
             temperature: Soft-token temperature.
             max_seq_length: Longest prompt in tokens.
+            attention: One of `gircse.refiner.ATTENTIONS`, over the prompt.
             lora: Trainable low-rank layers; the backbone under them is frozen.
             full_finetune: Train, and save, all weights. Without it and without `lora` the model is frozen.
             prompts: Named prompts; ``query`` and ``document`` are used by `encode_query` and `encode_document`.
@@ -136,7 +138,7 @@ class GIRCSE(SentenceTransformer):
 
         if lora is not None and full_finetune:
             raise UsageError("choose one of lora and full_finetune")
-        config = RefinementConfig(num_steps, pooling, temperature, max_seq_length)
+        config = RefinementConfig(num_steps, pooling, temperature, max_seq_length, attention=attention)
         found = resolve_backbone(name_or_path)
         model = load_causal_lm(found.path, **({"dtype": dtype} if dtype else {}), **model_kwargs)
         model.requires_grad_(full_finetune)

@@ -91,9 +91,9 @@ def test_soft_tokens_after_any_reading_equal_the_plain_loop(family: str, reading
 def test_same_text_same_vector_in_any_batch_and_after_loading(
     backbone: Path, tmp_path: Path, pooling: str, attention: str, num_steps: int
 ) -> None:
-    model = GIRCSE.from_backbone(str(backbone), num_steps=num_steps, max_seq_length=60, device="cpu")
-    plain = torch.tensor(model.encode(TEXTS))
-    model.encoder.configure(pooling=pooling, attention=attention)
+    options = {"num_steps": num_steps, "max_seq_length": 60, "device": "cpu"}
+    plain = torch.tensor(GIRCSE.from_backbone(str(backbone), **options).encode(TEXTS))
+    model = GIRCSE.from_backbone(str(backbone), pooling=pooling, attention=attention, **options)
     vectors = torch.tensor(model.encode(TEXTS))
     assert F.cosine_similarity(vectors, plain).max() < 0.999, "the setting changes every vector"
     for index, text in enumerate(TEXTS):
