@@ -81,12 +81,15 @@ def test_the_checkpoint_says_where_it_comes_from() -> None:
     config = json.loads((folder / "gircse_config.json").read_text())
     assert config["backbone"]["name"] == "smollm2-135m"
     assert config["weights"] == "adapter"
-    recipe = yaml.safe_load(Path("recipes/smollm2-135m.yaml").read_text())
+    recipe = yaml.safe_load(Path("recipes/smollm2-135m-passages.yaml").read_text())
     trained = config["training"]["recipe"]
     assert [trained[key] for key in ("seed", "start_from")] == [recipe.get(key) for key in ("seed", "start_from")]
     assert [source["task"] for source in trained["data"]["sources"]] == [s["task"] for s in recipe["data"]["sources"]]
+    first = config["training"]["start"]["training"]["recipe"]
+    started = yaml.safe_load(Path("recipes/smollm2-135m.yaml").read_text())
+    assert (first["seed"], first["start_from"]) == (started["seed"], None)
     card = (folder / "README.md").read_text()
-    for source in config["training"]["recipe"]["data"]["sources"]:
+    for source in [*first["data"]["sources"], *trained["data"]["sources"]]:
         assert source["file"] in card
         assert source["licence"] in card
     size = sum(path.stat().st_size for path in folder.iterdir())
