@@ -32,6 +32,11 @@ from gircse.search.chunks import split_text
 TASKS = ("SciFact", "FeedbackQARetrieval")
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers that are separated by commas; none of an empty text."""
+    return [int(part) for part in text.split(",") if part]
+
+
 def whole(model: GIRCSE, texts: list[str], tokens: int, queries: np.ndarray, num_steps: int) -> np.ndarray:
     """(queries, documents) scores of texts that are read up to so many tokens."""
     tokenized = model.tokenize_texts(texts, max_length=tokens)
@@ -79,15 +84,14 @@ def measure(model: GIRCSE, task: Task, instruction: str, options: argparse.Names
 def main() -> None:
     """Measure, print a table, write a JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"type": lambda text: [int(part) for part in text.split(",") if part]}
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--models", default="shipped", help="separated by commas; folders, or shipped")
     parser.add_argument("--limit", type=int, default=250, help="queries of a task")
     parser.add_argument("--documents", type=int, default=800, help="of a task's corpus")
     parser.add_argument("--num-steps", type=int, default=5)
-    parser.add_argument("--cut", **numbers, default=[512, 256, 128], help="tokens, separated by commas")
-    parser.add_argument("--chunks", **numbers, default=[256, 128], help="tokens, separated by commas")
+    parser.add_argument("--cut", type=numbers, default=[512, 256, 128], help="tokens, separated by commas")
+    parser.add_argument("--chunks", type=numbers, default=[256, 128], help="tokens, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/passage_length.json"))
     options = parser.parse_args()

@@ -12,7 +12,7 @@ from typing import Literal
 SearchMode = Literal["hybrid", "vector", "text"]
 """What decides the rank: meaning (vector), words (text, BM25), or both (hybrid, reciprocal rank fusion)."""
 
-DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_CHUNK_TOKENS = 128
 """Longest chunk of a document in tokens of the model; a shorter document is one chunk."""
 
 DEFAULT_CHUNK_OVERLAP = DEFAULT_CHUNK_TOKENS // 8
