@@ -142,9 +142,8 @@ class GIRCSE(SentenceTransformer):
         found = resolve_backbone(name_or_path)
         model = load_causal_lm(found.path, **({"dtype": dtype} if dtype else {}), **model_kwargs)
         model.requires_grad_(full_finetune)
-        tokenizer = AutoTokenizer.from_pretrained(found.path)
         reference = BackboneReference(found.name, found.sha256, found.licence)
-        encoder = GenerativeEncoder(model, tokenizer, reference, config)
+        encoder = GenerativeEncoder(model, AutoTokenizer.from_pretrained(found.path), reference, config)
         if lora is not None:
             encoder.add_lora(lora)
         if prompts is None:
