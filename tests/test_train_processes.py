@@ -12,10 +12,14 @@ import pytest
 from tests.training_recipe import values, write, write_rows
 
 
-@pytest.mark.parametrize("max_minutes", [None, 0.0001])
-def test_processes_of_torchrun_share_the_batches(tmp_path: Path, backbone: Path, max_minutes: float | None) -> None:
+@pytest.mark.parametrize(("whole", "max_minutes"), [(False, None), (False, 0.0001), (True, None)])
+def test_processes_of_torchrun_share_the_batches(
+    tmp_path: Path, backbone: Path, whole: bool, max_minutes: float | None
+) -> None:
     write_rows(tmp_path)
     content = values(tmp_path, backbone)
+    if whole:  # a head of its own, which gets no gradient then: no process may wait for it
+        content |= {"lora": None, "loss": {"soft_token_gradients": "none"}}
     content["training"] |= {"gather_across_devices": True, "max_minutes": max_minutes, "trackers": []}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "gircse", "train", str(write(tmp_path, content)), "-o", str(tmp_path / "out")]
@@ -25,4 +29,4 @@ def test_processes_of_torchrun_share_the_batches(tmp_path: Path, backbone: Path,
     steps = [entry["step"] for entry in logged if "loss" in entry]
     assert steps == ([1] if max_minutes else [1, 2, 3]), "six batches of four rows, two a step, each logged once"
     assert done.stderr.count("saved to") == 1
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / ("model.safetensors" if whole else "adapter_model.safetensors")).is_file()
