@@ -85,7 +85,7 @@ def main() -> None:
     """Measure, print a table, write a JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--models", default="shipped", help="separated by commas; folders, or shipped")
     parser.add_argument("--limit", type=int, default=250, help="queries of a task")
     parser.add_argument("--documents", type=int, default=800, help="of a task's corpus")
@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("task", "model", "documents", "s", *(f"{name} (gain, 95 %)" for name in METRICS.values()), box=None)
     results: dict[str, Any] = {}
-    for name in options.tasks.split(","):
+    for name in options.tasks:
         task = retrieval(options.data / name, options.limit, options.documents, random.Random(options.seed))
         found = {}
         for place in options.models.split(","):

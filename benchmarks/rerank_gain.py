@@ -150,7 +150,7 @@ def main() -> None:
     """Measure, print a table, write a JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
-    parser.add_argument("--tasks", default=",".join(INSTRUCTIONS))
+    parser.add_argument("--tasks", nargs="+", choices=INSTRUCTIONS, default=list(INSTRUCTIONS))
     parser.add_argument("--limit", type=int, default=60, help="queries of a task")
     parser.add_argument("--documents", type=int, default=600, help="of a retrieval task's corpus")
     parser.add_argument("--steps", default="1,5", help="few,many")
@@ -163,7 +163,7 @@ def main() -> None:
     model = GIRCSE(options.model)
     table = Table("task", "method", *(f"{name} (gain, 95 %)" for name in METRICS.values()), box=None)
     results: dict[str, Any] = {}
-    for name in options.tasks.split(","):
+    for name in options.tasks:
         generator = random.Random(options.seed)
         folder = options.data / name
         if (folder / "corpus.jsonl").is_file():
