@@ -193,7 +193,7 @@ class Recipe(Section):
         if self.training.steps_distribution != "uniform" and not self.training.random_steps:
             raise ValueError("training.steps_distribution is that of training.random_steps, which is not there")
         if self.training.random_steps and self.model.num_steps == 0:
-            raise ValueError("training.random_steps draws how many soft tokens are written; num_steps: 0 writes none")
+            raise ValueError("training.random_steps draws how many soft tokens; num_steps: 0 writes none: leave it out")
         if self.loss.soft_token_gradients != "full" and self.model.num_steps == 0:
             raise ValueError("loss.soft_token_gradients are of soft tokens, and num_steps: 0 writes none; leave it out")
         if self.loss.prompt_step and self.model.num_steps == 0:
