@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mixes import data_folder
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
@@ -167,7 +168,7 @@ def evaluate(name: str, model: GIRCSE, args: argparse.Namespace) -> list[dict[st
 def main() -> None:
     """Score, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of the evaluation data")
     parser.add_argument(
         "--model", action="append", required=True, help="shipped, untrained, or name=folder; repeatable"
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixes import data_folder
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -46,7 +47,7 @@ def score(embeddings: np.ndarray, steps: np.ndarray, pairs: np.ndarray, gold: np
 def main() -> None:
     """Encode, simulate, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of task folders")
     parser.add_argument("--limit", type=int, default=300, help="pairs of each task")
     parser.add_argument("--model", help="a folder or hub id; the shipped model where not given")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "early_stopping.json")

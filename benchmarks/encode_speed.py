@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixes import INSTRUCTION, read_mix
+from mixes import INSTRUCTION, data_folder, read_mix
 from peak_memory import peak_rise
 from rich.console import Console
 from rich.table import Table
@@ -185,7 +185,7 @@ def peak_of_one(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of the evaluation data")
     parser.add_argument("--mixes", type=lambda text: text.split(","), default=["short", "medium", "long"])
     parser.add_argument("--texts", type=numbers, default=[192], help="of each mix; one number for all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

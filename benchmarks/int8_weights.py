@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from mixes import INSTRUCTION, read_mix
+from mixes import INSTRUCTION, data_folder, read_mix
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import ndcg_score
@@ -84,7 +84,7 @@ def read_task(folder: Path, questions: int, others: int) -> tuple[list[str], lis
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of the evaluation data")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--others", type=int, default=400, help="passages that answer none of them")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)

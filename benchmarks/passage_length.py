@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytrec_eval
 import torch
+from mixes import data_folder
 from rerank_gain import INSTRUCTIONS, METRICS, Task, retrieval, summarize
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +85,7 @@ def measure(model: GIRCSE, task: Task, instruction: str, options: argparse.Names
 def main() -> None:
     """Measure, print a table, write a JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder with a folder a task")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--models", default="shipped", help="separated by commas; folders, or shipped")
     parser.add_argument("--limit", type=int, default=250, help="queries of a task")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixes import INSTRUCTION, MIXES, read_mix
+from mixes import INSTRUCTION, MIXES, data_folder, read_mix
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, what: str, mix: str) -> dict[str, Any
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation data")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of the evaluation data")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bfloat16", "float32"])
     parser.add_argument("--num-steps", type=int, default=5, help="K of ours")
     parser.add_argument("--what", choices=("ours", "unlimited", "encoder"), help=argparse.SUPPRESS)

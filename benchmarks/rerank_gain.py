@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytrec_eval
+from mixes import data_folder
 from rich.console import Console
 from rich.table import Table
 
@@ -149,7 +150,7 @@ def summarize(values: dict[str, dict[str, list[float]]], seed: int) -> dict[str,
 def main() -> None:
     """Measure, print a table, write a JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder with a folder a task")
     parser.add_argument("--tasks", nargs="+", choices=INSTRUCTIONS, default=list(INSTRUCTIONS))
     parser.add_argument("--limit", type=int, default=60, help="queries of a task")
     parser.add_argument("--documents", type=int, default=600, help="of a retrieval task's corpus")

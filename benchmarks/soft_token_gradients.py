@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+from mixes import data_folder
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,7 @@ def gradient(model: GIRCSE, columns: list[list[str]], num_steps: int, kind: str)
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the training data")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder of the training data")
     parser.add_argument("--steps", type=lambda text: [int(k) for k in text.split(",")], default=[0, 1, 2, 3, 5, 10])
     parser.add_argument("--rows", type=int, default=16)
     results = Path(__file__).parent / "results"
