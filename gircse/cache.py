@@ -181,16 +181,24 @@ class JoinedPrompts:
         room: Positions that soft tokens will add.
         dtype: Of the keys and values.
         layers: How many layers there will be; more, or larger ones than the first, have blocks of their own.
-        for_products: Whether the soft tokens' attention is `attend_single_queries`: then what the rows of a group begin
-            with is left where it is and `length` does not count it, keys lie in columns, and the room is filled with
-            zeros.
+        for_products: Whether the soft tokens' attention is `attend_single_queries`: then keys lie in columns, and the
+            room is filled with zeros.
+        prefix_apart: Whether what the rows of a group begin with is left where it is. `length` does not count it then.
     """
 
     def __init__(
-        self, rows: int, length: int, room: int, dtype: torch.dtype, layers: int, *, for_products: bool = False
+        self,
+        rows: int,
+        length: int,
+        room: int,
+        dtype: torch.dtype,
+        layers: int,
+        *,
+        for_products: bool = False,
+        prefix_apart: bool = False,
     ) -> None:
         self.rows, self.length, self.room, self.dtype, self.layers = rows, length, room, dtype, layers
-        self.for_products = for_products
+        self.for_products, self.prefix_apart = for_products, prefix_apart
         self._buffers: list[tuple[Tensor, Tensor]] = []  # a pair a layer, made in the first pass
         self._block: Tensor | None = None  # what is left of it
         self._begun = 0
@@ -289,7 +297,7 @@ class _PromptCache(DynamicCache):
 class _PromptLayer(DynamicLayer):
     """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass.
 
-    Where a prefix is left where it is, they stay the prefix's, and the pass reads what it has computed itself.
+    Where keys lie in columns, they stay the prefix's, and the pass reads what it has computed itself.
     """
 
     def __init__(self, joined: JoinedPrompts, rows: slice, index: int) -> None:
@@ -298,13 +306,13 @@ class _PromptLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         parts = [(key_states, value_states)]
-        if self._joined.for_products:
-            self._joined.write(self._index, self._rows, parts)
-            return _after(self.keys, key_states), _after(self.values, value_states)
-        if self.keys is not None:
+        if self.keys is not None and not self._joined.prefix_apart:
             assert self.values is not None
             parts.insert(0, (self.keys, self.values))
-        _begin_with(self, *self._joined.write(self._index, self._rows, parts))
+        written = self._joined.write(self._index, self._rows, parts)
+        if self._joined.for_products:
+            return _after(self.keys, key_states), _after(self.values, value_states)
+        _begin_with(self, *written)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values

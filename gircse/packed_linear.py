@@ -17,6 +17,9 @@ from gircse.packed_weights import ROWS_PACKED_FOR
 OUTPUTS_AT_A_TIME = 8192
 """Of a `TableLinear`: what is packed for the moment, 9 or 19 MB of SmolLM2's, costs less than a millisecond more."""
 
+MOST_ROWS_ON_THE_RIGHT = 64
+"""Up to which a `TableLinear` of bfloat16 lets the rows be packed instead; with more the transposing takes longer."""
+
 
 def packs_in_place(dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed products of a dtype are as fast as any on this machine, with few rows and with many."""
@@ -63,8 +66,9 @@ class PackedLinear(FrozenLinear):
 class TableLinear(nn.Linear):
     """y = x·Wᵀ + b with W as a module of embeddings keeps it, which looks its rows up and so cannot have it packed.
 
-    oneDNN packs it anew at every product, a few thousand outputs at a time, to the same result: 2 to 6 ms for 28
-    million weights, whose packed copy would take 57 MB in bfloat16 and 113 in float32 (docs/experiments.md).
+    oneDNN packs its right factor anew at every product, here a few thousand outputs at a time: 2 to 6 ms for 28 million
+    weights, whose packed copy would take 57 MB in bfloat16 and 113 in float32. With few rows of bfloat16 those are the
+    right factor, which is as fast as a packed copy (docs/experiments.md). The result is the same up to rounding.
 
     Args:
         weight: W, (out, in): the parameter of both.
@@ -81,9 +85,13 @@ class TableLinear(nn.Linear):
         if torch.is_grad_enabled() or input.device.type != "cpu" or input.dtype != self.weight.dtype:
             return super().forward(input)
         rows = input.reshape(-1, self.in_features)  # (N, in)
+        few = len(rows) <= MOST_ROWS_ON_THE_RIGHT and rows.dtype == torch.bfloat16 and self.bias is None
         out = rows.new_empty(len(rows), self.out_features)
         for start in range(0, self.out_features, OUTPUTS_AT_A_TIME):
             part = slice(start, start + OUTPUTS_AT_A_TIME)
+            if few:
+                out[:, part] = (self.weight[part] @ rows.T).T
+                continue
             bias = None if self.bias is None else self.bias[part]
             out[:, part] = torch.ops.mkldnn._linear_pointwise(rows, self.weight[part], bias, "none", [], "")
         return out.view(*input.shape[:-1], self.out_features)

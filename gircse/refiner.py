@@ -43,6 +43,10 @@ GPU_WORTH_SHARING = 32_768
 DECODE_PADDING = 512
 """Padded tokens that cost a CPU's attention over one group about as much as a group of their own would."""
 
+COPIED_PREFIX = 2**19
+"""Numbers of a layer's keys up to which a copy of the prefix for every row costs the attention of soft tokens less than
+products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's."""
+
 
 @dataclass(frozen=True)
 class PromptReading:
@@ -187,12 +191,15 @@ def _refine_in_groups(
     order, firsts, groups = [], [], []
     for group in joined:
         order.append([row for prompt in group for row in prompt.rows])
-        longest = group[0].ids.shape[1]
-        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, for_products=True)
-        firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
         prefix = cache_tensors(prefixes[group[0].prefix])
-        shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix]
-        masks = [F.pad(prompt.own_mask, (longest - prompt.ids.shape[1], 0)) for prompt in group]
+        apart = bool(prefix) and len(order[-1]) * prefix[0][0].numel() > COPIED_PREFIX
+        shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
+        masks = [prompt.own_mask if apart else prompt.mask for prompt in group]
+        longest = masks[0].shape[1]
+        own = {"for_products": True, "prefix_apart": apart}
+        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, **own)
+        firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
+        masks = [F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks]
         groups.append(DecodeGroup(room.buffers(), torch.cat(masks), shared))
     steps, state = GroupedSteps(decoder, groups), torch.cat(firsts)
     rows = torch.tensor([row for members in order for row in members])

@@ -41,13 +41,29 @@ def plain(decoder: Decoder, *args: Any, **options: Any) -> Tensor:
         return refine(decoder, *args, **options)
 
 
-@pytest.mark.parametrize("shared", [0, 7])
+@pytest.fixture
+def prefixes_apart(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every group, whether its soft tokens attend to what its prompts begin with where that lies once for all."""
+    apart: list[bool] = []
+    make = refiner.DecodeGroup
+    monkeypatch.setattr(refiner, "DecodeGroup", lambda *parts: apart.append(bool(parts[2])) or make(*parts))
+    return apart
+
+
+@pytest.mark.parametrize(("shared", "copied"), [(0, 0), (7, 0), (7, refiner.COPIED_PREFIX)])
 @pytest.mark.parametrize("padding", [0, 512])
 @pytest.mark.parametrize("family", KNOWN)
 def test_states_equal_transformers_own(
-    family: str, padding: int, shared: int, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    padding: int,
+    shared: int,
+    copied: int,
+    steps_taken: list[int],
+    prefixes_apart: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refiner, "DECODE_PADDING", padding)
+    monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
     decoder = Decoder.from_model(tiny_model(family))
     ids, mask = random_batch(LENGTHS, side="right")
     ids[:6, :shared] = ids[0, :shared].clone()  # six rows begin alike: an instruction
@@ -56,8 +72,22 @@ def test_states_equal_transformers_own(
         assert not steps_taken
         states = refine(decoder, ids, mask, num_steps=5, temperature=0.7, prompt_tokens=40)
     assert steps_taken == [len(LENGTHS)] * 5
+    assert any(prefixes_apart) == (shared > 0 and not copied)
     assert relative_error(states, expected) <= 1e-4
     assert relative_error(states[:, -1], states[:, 1]) > 1e-2, "steps differ"
+
+
+def test_a_prefix_is_copied_for_as_many_rows_as_that_pays(
+    prefixes_apart: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder.from_model(tiny_model("llama"))
+    ids, mask = instructed_batch([9] * 8, 7, side="left")
+    with torch.no_grad():
+        keys = decoder.transformer(input_ids=ids[:1, :7], use_cache=True).past_key_values.layers[0].keys.numel()
+        for copied in (8 * keys, 8 * keys - 1):
+            monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
+            refine(decoder, ids, mask, num_steps=1, prompt_tokens=1000)
+    assert prefixes_apart == [False, True]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -81,13 +111,15 @@ def test_rows_leave_after_their_own_steps(family: str, steps_taken: list[int]) -
     num_steps=st.integers(1, 5),
     prompt_tokens=st.none() | st.integers(1, 120),
     side=st.sampled_from(["left", "right"]),
+    copied=st.sampled_from([0, refiner.COPIED_PREFIX]),
 )
 def test_any_layout_gives_the_states_of_the_recompute_loop(
-    lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str
+    lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str, copied: int
 ) -> None:
     decoder = Decoder.from_model(tiny_model("llama"))
     ids, mask = instructed_batch(lengths, shared, side=side)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refiner, "COPIED_PREFIX", copied)
         expected = refiner.recompute_states(decoder, ids, mask, num_steps=num_steps)
         states = refine(decoder, ids, mask, num_steps=num_steps, prompt_tokens=prompt_tokens)
     assert relative_error(states, expected) <= 1e-4
