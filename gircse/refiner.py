@@ -196,8 +196,7 @@ def _refine_in_groups(
         shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
         masks = [prompt.own_mask if apart else prompt.mask for prompt in group]
         longest = masks[0].shape[1]
-        own = {"for_products": True, "prefix_apart": apart}
-        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, **own)
+        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, for_products=True, prefix_apart=apart)
         firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
         masks = [F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks]
         groups.append(DecodeGroup(room.buffers(), torch.cat(masks), shared))
