@@ -1,0 +1,118 @@
+"""Two choices of a soft token's products on a CPU, each both ways in turn, medians: a prefix apart or copied, a head.
+
+    python benchmarks/step_products.py
+    python benchmarks/step_products.py --dtype float32 --output benchmarks/results/step_products_float32.json
+
+Attention to what all rows begin with by products of its own, or to a copy for every row (`COPIED_PREFIX` in
+gircse/refiner.py); logits with the rows or the table as the factor that oneDNN packs (`MOST_ROWS_ON_THE_RIGHT` in
+gircse/packed_linear.py). Sizes are SmolLM2-135M's. Writes benchmarks/results/step_products.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gircse import packed_linear
+from gircse.attention import attend_single_queries
+from gircse.packed_linear import TableLinear
+
+LAYERS, HEADS, SHARED_HEADS, WIDTH, STATE, VOCABULARY = 30, 9, 3, 64, 576, 49152
+ATTENTION = ((37, 80, 13), (11, 190, 13), (4, 150, 13), (160, 20, 13), (37, 80, 80), (160, 20, 40), (37, 80, 160))
+"""Rows, tokens of their own, tokens of the prefix."""
+HEAD_ROWS = (4, 16, 48, 64, 128)
+
+
+def attention_runs(rows: int, own: int, prefix: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """A pass through all layers, so that no keys stay in the processor's caches."""
+
+    def states(length: int, count: int) -> list[Tensor]:
+        return [torch.randn(count, SHARED_HEADS, length, WIDTH).to(dtype) for _ in range(LAYERS)]
+
+    keys, values = states(own + 20, rows), states(own + 20, rows)  # with room for 20 soft tokens
+    first = list(zip(states(prefix, 1), states(prefix, 1), strict=True))
+    apart = [(k.mT.contiguous(), v) for k, v in zip(keys, values, strict=True)]
+    shared = [(k[0].mT.contiguous(), v[0]) for k, v in first]
+    copied = [
+        tuple(torch.cat([x.expand(rows, -1, -1, -1), y], dim=2) for x, y in zip(begin, rest, strict=True))
+        for begin, rest in zip(first, zip(keys, values, strict=True), strict=True)
+    ]
+    copied = [(k.mT.contiguous(), v) for k, v in copied]
+    query = torch.randn(rows, HEADS, WIDTH).to(dtype)
+    masks = [torch.zeros(rows * SHARED_HEADS, 1, length, dtype=dtype) for length in (own + 20, own + 20 + prefix)]
+    return {
+        "apart": lambda: [
+            attend_single_queries(query, *layer, masks[0], WIDTH**-0.5, begin)
+            for layer, begin in zip(apart, shared, strict=True)
+        ],
+        "copied": lambda: [attend_single_queries(query, *layer, masks[1], WIDTH**-0.5) for layer in copied],
+    }
+
+
+def head_runs(rows: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Logits of a step, by the layer of a tied head."""
+    layer = TableLinear(nn.Parameter(torch.randn(VOCABULARY, STATE).to(dtype), requires_grad=False))
+    states = torch.randn(rows, STATE).to(dtype)
+
+    def run(most: int) -> Tensor:
+        packed_linear.MOST_ROWS_ON_THE_RIGHT = most
+        return layer(states)
+
+    return {"table packed": lambda: run(0), "rows packed": lambda: run(rows)}
+
+
+def medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Milliseconds of each, taken in turn; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if round_:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure, print a table and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9)
+    default = Path(__file__).parent / "results" / "step_products.json"
+    parser.add_argument("--output", type=Path, default=default, help="JSON file")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    table = Table("what", "rows", "own tokens", "prefix", "ms", "ms", "ratio", title=f"A step of 30 layers in {arguments.dtype}")
+    entries = []
+
+    def measure(what: str, runs: Mapping[str, Callable[[], Any]], **sizes: int) -> None:
+        found = medians(runs, arguments.repeats)
+        entries.append({"what": what, **sizes, "ms": found})
+        (first, before), (second, after) = found.items()
+        shown = [str(sizes.get(name, "")) for name in ("rows", "own", "prefix")]
+        table.add_row(what, *shown, f"{first} {before:.1f}", f"{second} {after:.1f}", f"{after / before:.2f}")
+
+    for rows, own, prefix in ATTENTION:
+        runs = attention_runs(rows, own, prefix, dtype)
+        measure("attention", runs, rows=rows, own=own, prefix=prefix)
+    if dtype == torch.bfloat16:  # of float32 the table is always packed
+        for rows in HEAD_ROWS:
+            measure("head", head_runs(rows, dtype), rows=rows)
+    Console().print(table)
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": arguments.dtype}
+    arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
