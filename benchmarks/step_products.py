@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default, help="JSON file")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    table = Table("what", "rows", "own tokens", "prefix", "ms", "ms", "ratio", title=f"A step of 30 layers in {arguments.dtype}")
+    title = f"A step of 30 layers in {arguments.dtype}"
+    table = Table("what", "rows", "own tokens", "prefix", "ms", "ms", "ratio", title=title)
     entries = []
 
     def measure(what: str, runs: Mapping[str, Callable[[], Any]], **sizes: int) -> None:
