@@ -63,9 +63,11 @@ def test_products_are_those_of_the_plain_layer(out: int, width: int, bias: bool,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("on_the_right", [0, 64, 1000])
 def test_products_with_a_table_are_those_of_its_packed_copy(
-    bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    on_the_right: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gircse.packed_linear.MOST_ROWS_ON_THE_RIGHT", on_the_right)
     monkeypatch.setattr("gircse.packed_linear.OUTPUTS_AT_A_TIME", 100)
     torch.manual_seed(0)
     layer = nn.Linear(64, 333, bias=bias, dtype=dtype)
