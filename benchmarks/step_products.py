@@ -24,38 +24,46 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gircse import packed_linear
-from gircse.attention import attend_single_queries
+from gircse.grouped_steps import DecodeGroup, PrefixedDecodeGroup
 from gircse.packed_linear import TableLinear
 
-LAYERS, HEADS, SHARED_HEADS, WIDTH, STATE, VOCABULARY = 30, 9, 3, 64, 576, 49152
-ATTENTION = ((37, 80, 13), (11, 190, 13), (4, 150, 13), (160, 20, 13), (37, 80, 80), (160, 20, 40), (37, 80, 160))
+LAYERS, HEADS, SHARED_HEADS, WIDTH, STATE, VOCABULARY, STEPS = 30, 9, 3, 64, 576, 49152, 20
+ATTENTION = (
+    (37, 80, 13),
+    (11, 190, 13),
+    (4, 150, 13),
+    (160, 20, 13),
+    (37, 80, 80),
+    (160, 20, 40),
+    (37, 80, 160),
+    (8, 30, 400),
+    (16, 60, 400),
+)
 """Rows, tokens of their own, tokens of the prefix."""
 HEAD_ROWS = (4, 16, 48, 64, 128)
 
 
 def attention_runs(rows: int, own: int, prefix: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """A pass through all layers, so that no keys stay in the processor's caches."""
+    """All steps of a batch through all layers, so that no keys stay in the processor's caches."""
 
-    def states(length: int, count: int) -> list[Tensor]:
+    def states(length: int, count: int = rows) -> list[Tensor]:
         return [torch.randn(count, SHARED_HEADS, length, WIDTH).to(dtype) for _ in range(LAYERS)]
 
-    keys, values = states(own + 20, rows), states(own + 20, rows)  # with room for 20 soft tokens
-    first = list(zip(states(prefix, 1), states(prefix, 1), strict=True))
-    apart = [(k.mT.contiguous(), v) for k, v in zip(keys, values, strict=True)]
-    shared = [(k[0].mT.contiguous(), v[0]) for k, v in first]
-    copied = [
-        tuple(torch.cat([x.expand(rows, -1, -1, -1), y], dim=2) for x, y in zip(begin, rest, strict=True))
-        for begin, rest in zip(first, zip(keys, values, strict=True), strict=True)
+    apart = [(keys.mT.contiguous(), values) for keys, values in zip(*(states(own + STEPS) for _ in "kv"), strict=True)]
+    shared = [
+        (keys[0].mT.contiguous(), values[0]) for keys, values in zip(*(states(prefix, 1) for _ in "kv"), strict=True)
     ]
-    copied = [(k.mT.contiguous(), v) for k, v in copied]
-    query = torch.randn(rows, HEADS, WIDTH).to(dtype)
-    masks = [torch.zeros(rows * SHARED_HEADS, 1, length, dtype=dtype) for length in (own + 20, own + 20 + prefix)]
+    copied = list(zip(*(states(prefix + own + STEPS) for _ in "kv"), strict=True))
+    query, (key, value) = torch.randn(rows, HEADS, WIDTH).to(dtype), torch.randn(2, rows, SHARED_HEADS, WIDTH).to(dtype)
+
+    def attend(group: DecodeGroup) -> None:
+        for _ in range(STEPS):
+            for layer in range(LAYERS):
+                group.attend(layer, query, key, value, WIDTH**-0.5)
+
     return {
-        "apart": lambda: [
-            attend_single_queries(query, *layer, masks[0], WIDTH**-0.5, begin)
-            for layer, begin in zip(apart, shared, strict=True)
-        ],
-        "copied": lambda: [attend_single_queries(query, *layer, masks[1], WIDTH**-0.5) for layer in copied],
+        "apart": lambda: attend(PrefixedDecodeGroup(apart, torch.ones(rows, own), shared)),
+        "copied": lambda: attend(DecodeGroup(copied, torch.ones(rows, prefix + own))),
     }
 
 
@@ -88,12 +96,12 @@ def main() -> None:
     """Measure, print a table and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     default = Path(__file__).parent / "results" / "step_products.json"
     parser.add_argument("--output", type=Path, default=default, help="JSON file")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    title = f"A step of 30 layers in {arguments.dtype}"
+    title = f"Twenty steps' attention through 30 layers, and a step's head, in {arguments.dtype}"
     table = Table("what", "rows", "own tokens", "prefix", "ms", "ms", "ratio", title=title)
     entries = []
 

@@ -64,7 +64,8 @@ def sdpa_float32_on_cpu(
     """
     shared = _are_shared_by_heads(query, key, options)
     if shared and _is_single(query, key, attention_mask, options) and _takes_heads_for_queries(query, module):
-        return _sdpa_of_a_single_query(query, key, value, attention_mask, options.get("scaling")), None
+        mixed = attend_single_queries(query.squeeze(2), key, value, attention_mask, options.get("scaling"))
+        return mixed.unsqueeze(1), None
     # transformers copies nothing where there is no mask or a single query.
     without_copies = shared and query.shape[2] > 1 and attention_mask is not None
     compute = _sdpa_of_shared_heads if without_copies else sdpa_attention_forward
@@ -104,16 +105,6 @@ def _takes_heads_for_queries(states: Tensor, module: nn.Module) -> bool:
     return inference and recent and states.dtype == torch.bfloat16 and states.device.type == "cpu"
 
 
-def _sdpa_of_a_single_query(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """(B, 1, heads, d_head), from a query of (B, heads, 1, d_head) and a mask that is the same for all heads."""
-    batch, heads, _, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, key-value heads, heads that share one, d_head)
-    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(batch, 1, heads, -1)
-
-
 def _sdpa_of_shared_heads(
     module: nn.Module,
     query: Tensor,
@@ -131,23 +122,39 @@ def _sdpa_of_shared_heads(
 
 
 def attend_single_queries(
-    query: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scaling: float,
-    prefix: tuple[Tensor, Tensor] | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention of one query a head and row on a CPU, by batched products: heads that share keys share a product.
-
-    That is faster than PyTorch's attention where keys lie in columns and nothing has to be copied: all of a buffer is
-    multiplied, and the mask hides what is not there yet. A prefix that all rows begin with is read once for them all.
+    """Attention of one query a head and row, where heads that share keys are taken for so many queries of one head.
 
     Args:
         query: (B, heads, d_head).
-        columns: Keys, (B, key-value heads, d_head, M), contiguous.
+        keys: (B, key-value heads, M, d_head).
+        values: As `keys`.
+        mask: (B, 1, 1, M), of booleans or to be added to scores; None where all is seen.
+        scaling: Of scores.
+
+    Returns:
+        (B, heads, d_head), in the dtype of the query.
+    """
+    batch, heads, width = query.shape
+    grouped = query.to(keys.dtype).reshape(batch, keys.shape[1], -1, width)  # (B, key-value heads, g, d_head)
+    mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return mixed.reshape(batch, heads, -1).to(query.dtype)
+
+
+def attend_single_queries_after_prefix(
+    query: Tensor, columns: Tensor, values: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor]
+) -> Tensor:
+    """As `attend_single_queries` on a CPU, behind a prefix that all rows begin with: it is read once for them all.
+
+    By batched products, which are quickest where keys lie in columns and nothing has to be copied: all of a buffer is
+    multiplied, and the mask hides what is not there yet.
+
+    Args:
+        query: (B, heads, d_head).
+        columns: Keys of the rows' own, (B, key-value heads, d_head, M), contiguous.
         values: (B, key-value heads, M, d_head), contiguous.
-        mask: (B · key-value heads, 1, M), to be added to the scores of the row's own keys.
+        mask: (B · key-value heads, 1, M), to be added to the scores of the rows' own keys.
         scaling: Of scores.
         prefix: Keys and values that stand before all rows' own, (key-value heads, d_head, P) and (key-value heads, P,
             d_head).
@@ -158,15 +165,12 @@ def attend_single_queries(
     batch, heads, width = query.shape
     grouped = query.to(columns.dtype).reshape(batch * columns.shape[1], -1, width)  # (B · key-value heads, g, d_head)
     scores = torch.baddbmm(mask, grouped, columns.flatten(0, 1), alpha=scaling)  # (B · key-value heads, g, M)
-    if prefix is None:
-        mixed = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
-    else:
-        together = _rows_together(grouped, batch)  # (key-value heads, B · g, d_head)
-        first = torch.baddbmm(together.new_zeros(1), together, prefix[0], beta=0, alpha=scaling)
-        both = torch.cat([_rows_apart(first, batch), scores], dim=-1).softmax(dim=-1)
-        first, own = both.tensor_split([first.shape[-1]], dim=-1)
-        mixed = _rows_apart(torch.bmm(_rows_together(first, batch), prefix[1]), batch)
-        mixed.baddbmm_(own, values.flatten(0, 1))
+    together = _rows_together(grouped, batch)  # (key-value heads, B · g, d_head)
+    first = torch.baddbmm(together.new_zeros(1), together, prefix[0], beta=0, alpha=scaling)
+    both = torch.cat([_rows_apart(first, batch), scores], dim=-1).softmax(dim=-1)
+    first, own = both.tensor_split([first.shape[-1]], dim=-1)
+    mixed = _rows_apart(torch.bmm(_rows_together(first, batch), prefix[1]), batch)
+    mixed.baddbmm_(own, values.flatten(0, 1))
     return mixed.reshape(batch, heads, width).to(query.dtype)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gircse.attention import ATTENTION, attend_single_queries
+from gircse.attention import ATTENTION, attend_single_queries, attend_single_queries_after_prefix
 from gircse.decoders import Decoder
 
 LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
@@ -155,41 +155,59 @@ class DecodeGroup:
     Args:
         cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
         mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
-        prefix: Of every layer, as `attend_single_queries` takes it: what all prompts begin with; may be empty.
     """
 
-    def __init__(
-        self,
-        cache: Sequence[tuple[Tensor, Tensor]],
-        mask: Tensor,
-        prefix: Sequence[tuple[Tensor, Tensor]] = (),
-    ) -> None:
-        self._cache, self._prefix = cache, prefix
+    def __init__(self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> None:
+        self._cache = cache
         self.rows, self._length = mask.shape
-        self.positions = mask.sum(dim=1, keepdim=True) + (prefix[0][0].shape[-1] if prefix else 0)
-        columns, _ = cache[0]
-        self._heads = columns.shape[1]
-        hidden = torch.full((self.rows, columns.shape[-1]), float("-inf"), dtype=columns.dtype)
-        hidden[:, : self._length].masked_fill_(mask == 1, 0)
-        self._mask = hidden.repeat_interleave(self._heads, dim=0).unsqueeze(1)  # (b · heads, 1, N + K)
+        self.positions = mask.sum(dim=1, keepdim=True)
+        _, values = cache[0]
+        hidden = values.new_full((self.rows, 1, 1, values.shape[2]), float("-inf"))
+        hidden[..., : self._length].masked_fill_(mask[:, None, None] == 1, 0)
+        self._mask = hidden  # (b, 1, 1, N + K)
 
     def keep(self, rows: int) -> None:
         """As `StepGroup.keep`."""
-        self._cache = [(columns[:rows], values[:rows]) for columns, values in self._cache]
-        self._mask, self.rows = self._mask[: rows * self._heads], rows
+        self._cache = [(keys[:rows], values[:rows]) for keys, values in self._cache]
+        self._mask, self.rows = self._mask[:rows], rows
 
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """As `StepGroup.attend`."""
         if index == 0:  # the next position is seen from here on
             self._mask[..., self._length] = 0
             self._length += 1
-        if not self.rows:
-            return query
+        return self._attend(index, query, key, value, scaling) if self.rows else query
+
+    def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = (buffer[:, :, : self._length] for buffer in self._cache[index])
+        keys[:, :, -1] = key
+        values[:, :, -1] = value
+        return attend_single_queries(query, keys, values, self._mask[..., : self._length], scaling)
+
+
+class PrefixedDecodeGroup(DecodeGroup):
+    """A `DecodeGroup` whose prompts begin alike, with what they begin with apart from the cache.
+
+    Args:
+        cache: As of `DecodeGroup`, of the tokens after the prefix, keys in columns.
+        mask: Likewise.
+        prefix: Of every layer, as `attend_single_queries_after_prefix` takes it.
+    """
+
+    def __init__(
+        self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor, prefix: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__(cache, mask)
+        self._prefix = prefix
+        self.positions = self.positions + prefix[0][0].shape[-1]
+        self._mask = self._mask.repeat_interleave(cache[0][0].shape[1], dim=1)  # (b, key-value heads, 1, N + K)
+
+    def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         columns, values = self._cache[index]
         columns[..., self._length - 1] = key
         values[:, :, self._length - 1] = value
-        prefix = self._prefix[index] if self._prefix else None
-        return attend_single_queries(query, columns, values, self._mask, scaling, prefix)
+        mask = self._mask.flatten(0, 1)
+        return attend_single_queries_after_prefix(query, columns, values, mask, scaling, self._prefix[index])
 
 
 def _products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:

@@ -20,7 +20,7 @@ from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.gradient_chain import GradientChain
-from gircse.grouped_steps import DecodeGroup, GroupedSteps, takes_groups
+from gircse.grouped_steps import DecodeGroup, GroupedSteps, PrefixedDecodeGroup, takes_groups
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
 from gircse.trained_steps import TrainedGroup
@@ -43,9 +43,9 @@ GPU_WORTH_SHARING = 32_768
 DECODE_PADDING = 512
 """Padded tokens that cost a CPU's attention over one group about as much as a group of their own would."""
 
-COPIED_PREFIX = 2**19
-"""Numbers of a layer's keys up to which a copy of the prefix for every row costs the attention of soft tokens less than
-products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's."""
+COPIED_PREFIX = 2**20
+"""Bytes of a layer's keys up to which a copy of the prefix for every row costs the attention of soft tokens less than
+products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's in bfloat16, half as many in float32."""
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,17 @@ def _refine_in_groups(
     for group in joined:
         order.append([row for prompt in group for row in prompt.rows])
         prefix = cache_tensors(prefixes[group[0].prefix])
-        apart = bool(prefix) and len(order[-1]) * prefix[0][0].numel() > COPIED_PREFIX
-        shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
+        apart = bool(prefix) and len(order[-1]) * prefix[0][0].numel() * dtype.itemsize > COPIED_PREFIX
         masks = [prompt.own_mask if apart else prompt.mask for prompt in group]
         longest = masks[0].shape[1]
-        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, for_products=True, prefix_apart=apart)
+        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, prefix_apart=apart)
         firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
-        masks = [F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks]
-        groups.append(DecodeGroup(room.buffers(), torch.cat(masks), shared))
+        mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+        if apart:
+            shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix]
+            groups.append(PrefixedDecodeGroup(room.buffers(), mask, shared))
+        else:
+            groups.append(DecodeGroup(room.buffers(), mask))
     steps, state = GroupedSteps(decoder, groups), torch.cat(firsts)
     rows = torch.tensor([row for members in order for row in members])
     states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])

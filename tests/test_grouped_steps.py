@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,11 +12,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from gircse import refiner
-from gircse.attention import attend_single_queries
+from gircse.attention import attend_single_queries, attend_single_queries_after_prefix
 from gircse.cache import JoinedPrompts
 from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps, takes_groups
-from gircse.prompts import PromptGroup, join_groups
 from gircse.refiner import refine
 from tests.tiny import instructed_batch, random_batch, relative_error, tiny_model
 
@@ -45,8 +45,10 @@ def plain(decoder: Decoder, *args: Any, **options: Any) -> Tensor:
 def prefixes_apart(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every group, whether its soft tokens attend to what its prompts begin with where that lies once for all."""
     apart: list[bool] = []
-    make = refiner.DecodeGroup
-    monkeypatch.setattr(refiner, "DecodeGroup", lambda *parts: apart.append(bool(parts[2])) or make(*parts))
+    for name, there in (("DecodeGroup", False), ("PrefixedDecodeGroup", True)):
+        make = getattr(refiner, name)
+        note = partial(apart.append, there)
+        monkeypatch.setattr(refiner, name, lambda *parts, note=note, make=make: note() or make(*parts))
     return apart
 
 
@@ -83,7 +85,7 @@ def test_a_prefix_is_copied_for_as_many_rows_as_that_pays(
     decoder = Decoder.from_model(tiny_model("llama"))
     ids, mask = instructed_batch([9] * 8, 7, side="left")
     with torch.no_grad():
-        keys = decoder.transformer(input_ids=ids[:1, :7], use_cache=True).past_key_values.layers[0].keys.numel()
+        keys = decoder.transformer(input_ids=ids[:1, :7], use_cache=True).past_key_values.layers[0].keys.nbytes
         for copied in (8 * keys, 8 * keys - 1):
             monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
             refine(decoder, ids, mask, num_steps=1, prompt_tokens=1000)
@@ -215,50 +217,45 @@ def test_attention_of_single_queries(prefix_length: int) -> None:
         attn_mask=torch.cat([torch.ones(3, prefix_length, dtype=torch.bool), seen], dim=1)[:, None, None],
         scale=0.3,
     )
-    mask = torch.zeros(3, 9).masked_fill_(~seen, float("-inf")).repeat_interleave(2, dim=0).unsqueeze(1)
-    prefix = (shared[0][0].mT.contiguous(), shared[1][0]) if prefix_length else None
-    found = attend_single_queries(query.squeeze(2), keys.mT.contiguous(), values, mask, 0.3, prefix)
+    mask = torch.zeros(3, 9).masked_fill_(~seen, float("-inf"))
+    if prefix_length:
+        prefix, mask = (shared[0][0].mT.contiguous(), shared[1][0]), mask.repeat_interleave(2, dim=0).unsqueeze(1)
+        columns = keys.mT.contiguous()
+        found = attend_single_queries_after_prefix(query.squeeze(2), columns, values, mask, 0.3, prefix)
+    else:
+        found = attend_single_queries(query.squeeze(2), keys, values, mask[:, None, None], 0.3)
     torch.testing.assert_close(found, expected.squeeze(2))
 
 
-def test_what_no_position_has_written_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_no_position_has_written_is_never_read_or_zero(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products are masked, but what is no number would stay none."""
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan")))
-    prompts = JoinedPrompts(3, 5, 2, torch.float32, 1, for_products=True)
+    prompts = JoinedPrompts(3, 5, 2, torch.float32, 1, prefix_apart=apart)
     for rows, length in ((2, 5), (1, 3)):
         states = torch.ones(rows, 2, length, 4)
         prompts.next_group(rows).update(states, 2 * states, 0)
-    ((columns, values),) = prompts.buffers()
-    assert columns.shape == (3, 2, 4, 7)
+    ((keys, values),) = prompts.buffers()
+    assert keys.shape == ((3, 2, 4, 7) if apart else (3, 2, 7, 4))
     assert values.shape == (3, 2, 7, 4)
-    assert columns.is_contiguous()
+    assert keys.is_contiguous()
     assert values.is_contiguous()
-    assert torch.equal(columns[:, 0, 0], torch.tensor([[1.0] * 5 + [0, 0]] * 2 + [[0, 0, 1, 1, 1, 0, 0]]))
-    assert torch.equal(values.mT, 2 * columns)
+    written = torch.tensor([[1.0] * 5] * 2 + [[0, 0, 1, 1, 1]])
+    keys = keys.mT if apart else keys
+    assert torch.equal(keys[:, 0, :5, 0], written)
+    assert torch.equal(values[:, :, :5], 2 * keys[:, :, :5])
+    for room in (keys[:, :, 5:], values[:, :, 5:]):
+        assert room.eq(0).all() if apart else room.isnan().all()
 
 
-def test_a_cpu_attends_to_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups: list[int] = []
-    make = GroupedSteps.__init__
-    monkeypatch.setattr(
-        GroupedSteps, "__init__", lambda self, decoder, parts: groups.append(len(parts)) or make(self, decoder, parts)
-    )
-    decoder, batch = Decoder.from_model(tiny_model("llama")), random_batch(LENGTHS, side="left")
-    for padding in (refiner.DECODE_PADDING, 0):
-        monkeypatch.setattr(refiner, "DECODE_PADDING", padding)
-        with torch.no_grad():
-            refine(decoder, *batch, num_steps=1, prompt_tokens=24)
-    assert groups[0] == 1 < groups[1]
-
-
-def test_groups_are_joined_where_that_is_little_padding() -> None:
-    def group(rows: int, length: int, prefix: tuple[int, ...] = ()) -> PromptGroup:
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        return PromptGroup(list(range(rows)), ids, torch.ones(rows, len(prefix) + length), prefix)
-
-    groups = [group(2, 30, (7,)), group(2, 25, (7,)), group(3, 24), group(1, 20), group(4, 19), group(1, 2)]
-    joined = join_groups(groups, 20)
-    assert [[len(part.rows) for part in parts] for parts in joined] == [[2, 2], [3, 1], [4, 1]]
-    assert [part for parts in joined for part in parts] == groups
-    assert join_groups(groups, -1) == [[part] for part in groups]
+def test_room_without_numbers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder.from_model(tiny_model("llama"))
+    ids, mask = instructed_batch(LENGTHS, 5, side="left")
+    new_empty = torch.Tensor.new_empty
+    for copied in (0, refiner.COPIED_PREFIX):
+        monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            expected = refine(decoder, ids, mask, num_steps=3)
+            patch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan")))
+            assert torch.equal(refine(decoder, ids, mask, num_steps=3), expected)
