@@ -1,11 +1,12 @@
-"""Two choices of a soft token's products on a CPU, each both ways in turn, medians: a prefix apart or copied, a head.
+"""Three choices of a soft token's products on a CPU, each both ways in turn, medians.
 
     python benchmarks/step_products.py
     python benchmarks/step_products.py --dtype float32 --output benchmarks/results/step_products_float32.json
 
-Attention to what all rows begin with by products of its own, or to a copy for every row (`COPIED_PREFIX` in
-gircse/refiner.py); logits with the rows or the table as the factor that oneDNN packs (`MOST_ROWS_ON_THE_RIGHT` in
-gircse/packed_linear.py). Sizes are SmolLM2-135M's. Writes benchmarks/results/step_products.json.
+Attention to what all rows begin with by products of its own, or to a copy in every row (`COPIED_PREFIX` in
+gircse/refiner.py); attention by products or by PyTorch's (`FEW_ROWS` there), both of twenty steps; logits with the rows
+or the table as the factor that oneDNN packs (`MOST_ROWS_ON_THE_RIGHT` in gircse/packed_linear.py). Sizes are
+SmolLM2-135M's. Writes benchmarks/results/step_products.json.
 """
 
 from __future__ import annotations
@@ -24,46 +25,52 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gircse import packed_linear
-from gircse.grouped_steps import DecodeGroup, PrefixedDecodeGroup
+from gircse.grouped_steps import DecodeGroup, ProductsDecodeGroup
 from gircse.packed_linear import TableLinear
 
 LAYERS, HEADS, SHARED_HEADS, WIDTH, STATE, VOCABULARY, STEPS = 30, 9, 3, 64, 576, 49152, 20
-ATTENTION = (
-    (37, 80, 13),
-    (11, 190, 13),
-    (4, 150, 13),
-    (160, 20, 13),
-    (37, 80, 80),
-    (160, 20, 40),
-    (37, 80, 160),
-    (8, 30, 400),
-    (16, 60, 400),
-)
+PREFIXED = ((37, 80, 13), (11, 190, 13), (4, 150, 13), (160, 20, 13), (37, 80, 80), (160, 20, 40), (37, 80, 160))
 """Rows, tokens of their own, tokens of the prefix."""
+WHOLE = ((1, 30), (4, 30), (8, 30), (16, 30), (32, 30), (64, 30), (4, 200), (16, 200), (32, 100))
+"""Rows, tokens."""
 HEAD_ROWS = (4, 16, 48, 64, 128)
 
 
-def attention_runs(rows: int, own: int, prefix: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def caches(rows: int, length: int, dtype: torch.dtype, *, columns: bool) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of all layers."""
+    states = torch.randn(2 * LAYERS, rows, SHARED_HEADS, length, WIDTH).to(dtype)
+    keys, values = states.chunk(2)
+    return [(k.mT.contiguous() if columns else k, v) for k, v in zip(keys, values, strict=True)]
+
+
+def attend(group: DecodeGroup, dtype: torch.dtype) -> None:
     """All steps of a batch through all layers, so that no keys stay in the processor's caches."""
+    query, (key, value) = torch.ones(group.rows, HEADS, WIDTH), torch.ones(2, group.rows, SHARED_HEADS, WIDTH)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    for _ in range(STEPS):
+        for layer in range(LAYERS):
+            group.attend(layer, query, key, value, WIDTH**-0.5)
 
-    def states(length: int, count: int = rows) -> list[Tensor]:
-        return [torch.randn(count, SHARED_HEADS, length, WIDTH).to(dtype) for _ in range(LAYERS)]
 
-    apart = [(keys.mT.contiguous(), values) for keys, values in zip(*(states(own + STEPS) for _ in "kv"), strict=True)]
-    shared = [
-        (keys[0].mT.contiguous(), values[0]) for keys, values in zip(*(states(prefix, 1) for _ in "kv"), strict=True)
-    ]
-    copied = list(zip(*(states(prefix + own + STEPS) for _ in "kv"), strict=True))
-    query, (key, value) = torch.randn(rows, HEADS, WIDTH).to(dtype), torch.randn(2, rows, SHARED_HEADS, WIDTH).to(dtype)
-
-    def attend(group: DecodeGroup) -> None:
-        for _ in range(STEPS):
-            for layer in range(LAYERS):
-                group.attend(layer, query, key, value, WIDTH**-0.5)
-
+def prefixed_runs(rows: int, own: int, prefix: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """By products, with a prefix that lies apart or in every row."""
+    apart = caches(rows, own + STEPS, dtype, columns=True)
+    shared = [(keys[0], values[0]) for keys, values in caches(1, prefix, dtype, columns=True)]
+    copied = caches(rows, prefix + own + STEPS, dtype, columns=True)
+    own_mask, mask = torch.ones(rows, own), torch.ones(rows, prefix + own)
     return {
-        "apart": lambda: attend(PrefixedDecodeGroup(apart, torch.ones(rows, own), shared)),
-        "copied": lambda: attend(DecodeGroup(copied, torch.ones(rows, prefix + own))),
+        "apart": lambda: attend(ProductsDecodeGroup(apart, own_mask, shared), dtype),
+        "copied": lambda: attend(ProductsDecodeGroup(copied, mask), dtype),
+    }
+
+
+def whole_runs(rows: int, own: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Without a prefix, by products and by PyTorch's attention."""
+    columns, rows_of_keys = (caches(rows, own + STEPS, dtype, columns=columns) for columns in (True, False))
+    mask = torch.ones(rows, own)
+    return {
+        "products": lambda: attend(ProductsDecodeGroup(columns, mask), dtype),
+        "attention": lambda: attend(DecodeGroup(rows_of_keys, mask), dtype),
     }
 
 
@@ -112,9 +119,10 @@ def main() -> None:
         shown = [str(sizes.get(name, "")) for name in ("rows", "own", "prefix")]
         table.add_row(what, *shown, f"{first} {before:.1f}", f"{second} {after:.1f}", f"{after / before:.2f}")
 
-    for rows, own, prefix in ATTENTION:
-        runs = attention_runs(rows, own, prefix, dtype)
-        measure("attention", runs, rows=rows, own=own, prefix=prefix)
+    for rows, own, prefix in PREFIXED:
+        measure("prefix", prefixed_runs(rows, own, prefix, dtype), rows=rows, own=own, prefix=prefix)
+    for rows, own in WHOLE:
+        measure("few rows", whole_runs(rows, own, dtype), rows=rows, own=own)
     if dtype == torch.bfloat16:  # of float32 the table is always packed
         for rows in HEAD_ROWS:
             measure("head", head_runs(rows, dtype), rows=rows)

@@ -124,7 +124,7 @@ def _sdpa_of_shared_heads(
 def attend_single_queries(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention of one query a head and row, where heads that share keys are taken for so many queries of one head.
+    """PyTorch's attention of one query a head and row; heads that share keys are taken for so many queries of one head.
 
     Args:
         query: (B, heads, d_head).
@@ -142,19 +142,24 @@ def attend_single_queries(
     return mixed.reshape(batch, heads, -1).to(query.dtype)
 
 
-def attend_single_queries_after_prefix(
-    query: Tensor, columns: Tensor, values: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor]
+def multiply_single_queries(
+    query: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `attend_single_queries` on a CPU, behind a prefix that all rows begin with: it is read once for them all.
+    """As `attend_single_queries`, on a CPU by batched products: heads that share keys share a product.
 
-    By batched products, which are quickest where keys lie in columns and nothing has to be copied: all of a buffer is
-    multiplied, and the mask hides what is not there yet.
+    With more than a few rows that is faster where keys lie in columns and nothing has to be copied: all of a buffer is
+    multiplied, and the mask hides what is not there yet. A prefix that all rows begin with is read once for them all.
 
     Args:
         query: (B, heads, d_head).
-        columns: Keys of the rows' own, (B, key-value heads, d_head, M), contiguous.
+        columns: Keys, (B, key-value heads, d_head, M), contiguous.
         values: (B, key-value heads, M, d_head), contiguous.
-        mask: (B · key-value heads, 1, M), to be added to the scores of the rows' own keys.
+        mask: (B · key-value heads, 1, M), to be added to the scores of the row's own keys.
         scaling: Of scores.
         prefix: Keys and values that stand before all rows' own, (key-value heads, d_head, P) and (key-value heads, P,
             d_head).
@@ -165,12 +170,15 @@ def attend_single_queries_after_prefix(
     batch, heads, width = query.shape
     grouped = query.to(columns.dtype).reshape(batch * columns.shape[1], -1, width)  # (B · key-value heads, g, d_head)
     scores = torch.baddbmm(mask, grouped, columns.flatten(0, 1), alpha=scaling)  # (B · key-value heads, g, M)
-    together = _rows_together(grouped, batch)  # (key-value heads, B · g, d_head)
-    first = torch.baddbmm(together.new_zeros(1), together, prefix[0], beta=0, alpha=scaling)
-    both = torch.cat([_rows_apart(first, batch), scores], dim=-1).softmax(dim=-1)
-    first, own = both.tensor_split([first.shape[-1]], dim=-1)
-    mixed = _rows_apart(torch.bmm(_rows_together(first, batch), prefix[1]), batch)
-    mixed.baddbmm_(own, values.flatten(0, 1))
+    if prefix is None:
+        mixed = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
+    else:
+        together = _rows_together(grouped, batch)  # (key-value heads, B · g, d_head)
+        first = torch.baddbmm(together.new_zeros(1), together, prefix[0], beta=0, alpha=scaling)
+        both = torch.cat([_rows_apart(first, batch), scores], dim=-1).softmax(dim=-1)
+        first, own = both.tensor_split([first.shape[-1]], dim=-1)
+        mixed = _rows_apart(torch.bmm(_rows_together(first, batch), prefix[1]), batch)
+        mixed.baddbmm_(own, values.flatten(0, 1))
     return mixed.reshape(batch, heads, width).to(query.dtype)
 
 

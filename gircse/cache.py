@@ -181,9 +181,10 @@ class JoinedPrompts:
         room: Positions that soft tokens will add.
         dtype: Of the keys and values.
         layers: How many layers there will be; more, or larger ones than the first, have blocks of their own.
-        prefix_apart: Whether what the rows of a group begin with is left where it is, for
-            `attend_single_queries_after_prefix`: `length` does not count it then, keys lie in columns, and the room is
-            filled with zeros.
+        for_products: Whether the soft tokens' attention is `multiply_single_queries`: then keys lie in columns, and the
+            room is filled with zeros.
+        prefix_apart: Whether what the rows of a group begin with is left where it is. `length` does not count it then,
+            and it is `for_products`.
     """
 
     def __init__(
@@ -194,10 +195,11 @@ class JoinedPrompts:
         dtype: torch.dtype,
         layers: int,
         *,
+        for_products: bool = False,
         prefix_apart: bool = False,
     ) -> None:
         self.rows, self.length, self.room, self.dtype, self.layers = rows, length, room, dtype, layers
-        self.prefix_apart = prefix_apart
+        self.for_products, self.prefix_apart = for_products, prefix_apart
         self._buffers: list[tuple[Tensor, Tensor]] = []  # a pair a layer, made in the first pass
         self._block: Tensor | None = None  # what is left of it
         self._begun = 0
@@ -224,11 +226,11 @@ class JoinedPrompts:
         """Keys and values of every layer with their room, once every group has had its pass.
 
         Returns:
-            (B, heads, length + room, head_dim) each, contiguous; with `prefix_apart` keys are (B, heads, head_dim,
-            length + room).
+            (B, heads, length + room, head_dim) each, contiguous; `for_products` keys are (B, heads, head_dim, length +
+            room).
         """
         assert self._begun == self.rows, "rows without a prompt pass"
-        return [(keys.mT if self.prefix_apart else keys, values) for keys, values in self._buffers]
+        return [(keys.mT if self.for_products else keys, values) for keys, values in self._buffers]
 
     def write(self, layer: int, rows: slice, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Put keys and values of a group's positions at the end of its rows, padding before them.
@@ -242,7 +244,7 @@ class JoinedPrompts:
             Those of all positions, (b, heads, N, head_dim) each: views.
         """
         if layer == len(self._buffers):
-            self._buffers.append((self._buffer(parts[0][0], self.prefix_apart), self._buffer(parts[0][1])))
+            self._buffers.append((self._buffer(parts[0][0], self.for_products), self._buffer(parts[0][1])))
         keys, values = (
             _write_at_end(buffer[rows, :, : self.length], states)
             for buffer, states in zip(self._buffers[layer], zip(*parts, strict=True), strict=True)
@@ -261,7 +263,7 @@ class JoinedPrompts:
             taken, self._block = self._block.tensor_split([size])
             buffer = taken.view(shape)
         buffer = buffer.mT if in_columns else buffer
-        if self.prefix_apart:
+        if self.for_products:
             buffer[:, :, self.length :] = 0
         return buffer
 
@@ -296,7 +298,7 @@ class _PromptCache(DynamicCache):
 class _PromptLayer(DynamicLayer):
     """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass.
 
-    Where the prefix is left apart they stay the prefix's, and the pass reads what it has computed itself.
+    Where keys lie in columns, they stay the prefix's, and the pass reads what it has computed itself.
     """
 
     def __init__(self, joined: JoinedPrompts, rows: slice, index: int) -> None:
@@ -304,12 +306,14 @@ class _PromptLayer(DynamicLayer):
         self._joined, self._rows, self._index = joined, rows, index
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        own = key_states, value_states
-        if self._joined.prefix_apart:
-            self._joined.write(self._index, self._rows, [own])
+        parts = [(key_states, value_states)]
+        if self.keys is not None and not self._joined.prefix_apart:
+            assert self.values is not None
+            parts.insert(0, (self.keys, self.values))
+        written = self._joined.write(self._index, self._rows, parts)
+        if self._joined.for_products:
             return _after(self.keys, key_states), _after(self.values, value_states)
-        begun = [] if self.keys is None or self.values is None else [(self.keys, self.values)]
-        _begin_with(self, *self._joined.write(self._index, self._rows, [*begun, own]))
+        _begin_with(self, *written)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values

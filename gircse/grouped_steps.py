@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gircse.attention import ATTENTION, attend_single_queries, attend_single_queries_after_prefix
+from gircse.attention import ATTENTION, attend_single_queries, multiply_single_queries
 from gircse.decoders import Decoder
 
 LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
@@ -185,29 +185,30 @@ class DecodeGroup:
         return attend_single_queries(query, keys, values, self._mask[..., : self._length], scaling)
 
 
-class PrefixedDecodeGroup(DecodeGroup):
-    """A `DecodeGroup` whose prompts begin alike, with what they begin with apart from the cache.
+class ProductsDecodeGroup(DecodeGroup):
+    """A `DecodeGroup` by `multiply_single_queries`.
 
     Args:
-        cache: As of `DecodeGroup`, of the tokens after the prefix, keys in columns.
+        cache: As of `DecodeGroup`, with keys in columns.
         mask: Likewise.
-        prefix: Of every layer, as `attend_single_queries_after_prefix` takes it.
+        prefix: Of every layer, as `multiply_single_queries` takes it: what all prompts begin with, where it is not in
+            the cache; may be empty.
     """
 
     def __init__(
-        self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor, prefix: Sequence[tuple[Tensor, Tensor]]
+        self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor, prefix: Sequence[tuple[Tensor, Tensor]] = ()
     ) -> None:
         super().__init__(cache, mask)
         self._prefix = prefix
-        self.positions = self.positions + prefix[0][0].shape[-1]
+        self.positions = self.positions + (prefix[0][0].shape[-1] if prefix else 0)
         self._mask = self._mask.repeat_interleave(cache[0][0].shape[1], dim=1)  # (b, key-value heads, 1, N + K)
 
     def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         columns, values = self._cache[index]
         columns[..., self._length - 1] = key
         values[:, :, self._length - 1] = value
-        mask = self._mask.flatten(0, 1)
-        return attend_single_queries_after_prefix(query, columns, values, mask, scaling, self._prefix[index])
+        prefix = self._prefix[index] if self._prefix else None
+        return multiply_single_queries(query, columns, values, self._mask.flatten(0, 1), scaling, prefix)
 
 
 def _products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:

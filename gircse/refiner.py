@@ -20,7 +20,7 @@ from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.gradient_chain import GradientChain
-from gircse.grouped_steps import DecodeGroup, GroupedSteps, PrefixedDecodeGroup, takes_groups
+from gircse.grouped_steps import DecodeGroup, GroupedSteps, ProductsDecodeGroup, takes_groups
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
 from gircse.trained_steps import TrainedGroup
@@ -43,9 +43,12 @@ GPU_WORTH_SHARING = 32_768
 DECODE_PADDING = 512
 """Padded tokens that cost a CPU's attention over one group about as much as a group of their own would."""
 
-COPIED_PREFIX = 2**20
-"""Bytes of a layer's keys up to which a copy of the prefix for every row costs the attention of soft tokens less than
-products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's in bfloat16, half as many in float32."""
+COPIED_PREFIX = 2**19
+"""Numbers of a layer's keys up to which a copy of the prefix for every row costs the attention of soft tokens less than
+products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's."""
+
+FEW_ROWS = {torch.bfloat16: 32}
+"""Of a group, by the dtype of its keys: for up to so many PyTorch's attention is faster than products (likewise)."""
 
 
 @dataclass(frozen=True)
@@ -182,28 +185,14 @@ def _refine_in_groups(
     reading: PromptReading,
 ) -> Tensor:
     """As `refine`: every group of prompts keeps a cache of its own length."""
-    num_steps, layers = max(own_steps), _count_layers(decoder)
-    prefixes = _run_prefixes(decoder, prompts)
+    num_steps, prefixes = max(own_steps), _run_prefixes(decoder, prompts)
     if min(own_steps) == num_steps:
         joined = join_groups(prompts, DECODE_PADDING)
     else:  # those with the most steps first: rows then leave at the end of their group, and nothing is copied
         joined = [[prompt.ordered_by(lambda row: -own_steps[row])] for prompt in prompts]
-    order, firsts, groups = [], [], []
-    for group in joined:
-        order.append([row for prompt in group for row in prompt.rows])
-        prefix = cache_tensors(prefixes[group[0].prefix])
-        apart = bool(prefix) and len(order[-1]) * prefix[0][0].numel() * dtype.itemsize > COPIED_PREFIX
-        masks = [prompt.own_mask if apart else prompt.mask for prompt in group]
-        longest = masks[0].shape[1]
-        room = JoinedPrompts(len(order[-1]), longest, num_steps, dtype, layers, prefix_apart=apart)
-        firsts.append(_run_prompts(decoder, group, prefixes, room, reading, keep=True)[0])
-        mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
-        if apart:
-            shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix]
-            groups.append(PrefixedDecodeGroup(room.buffers(), mask, shared))
-        else:
-            groups.append(DecodeGroup(room.buffers(), mask))
-    steps, state = GroupedSteps(decoder, groups), torch.cat(firsts)
+    order = [[row for prompt in group for row in prompt.rows] for group in joined]
+    made = [_decode_group(decoder, group, prefixes, num_steps, dtype, reading) for group in joined]
+    steps, state = GroupedSteps(decoder, [group for _, group in made]), torch.cat([first for first, _ in made])
     rows = torch.tensor([row for members in order for row in members])
     states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])
     states[rows, 0] = state
@@ -215,6 +204,29 @@ def _refine_in_groups(
         state = steps.next_states(decoder.vocabulary.soft_token(state, temperature))
         states[rows, step + 1] = state
     return states
+
+
+def _decode_group(
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    prefixes: Mapping[tuple[int, ...], DynamicCache],
+    num_steps: int,
+    dtype: torch.dtype,
+    reading: PromptReading,
+) -> tuple[Tensor, DecodeGroup]:
+    """h_0 of the prompts of one group, (b, d), and what their soft tokens attend to."""
+    count, prefix = sum(len(prompt.rows) for prompt in prompts), cache_tensors(prefixes[prompts[0].prefix])
+    apart = bool(prefix) and count * prefix[0][0].numel() > COPIED_PREFIX
+    products = apart or count > FEW_ROWS.get(dtype, 0)
+    masks = [prompt.own_mask if apart else prompt.mask for prompt in prompts]
+    longest, layers = masks[0].shape[1], _count_layers(decoder)
+    room = JoinedPrompts(count, longest, num_steps, dtype, layers, for_products=products, prefix_apart=apart)
+    first, _ = _run_prompts(decoder, prompts, prefixes, room, reading, keep=True)
+    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+    if not products:
+        return first, DecodeGroup(room.buffers(), mask)
+    shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
+    return first, ProductsDecodeGroup(room.buffers(), mask, shared)
 
 
 def _refine_in_training(

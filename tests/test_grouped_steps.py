@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from gircse import refiner
-from gircse.attention import attend_single_queries, attend_single_queries_after_prefix
+from gircse.attention import attend_single_queries, multiply_single_queries
 from gircse.cache import JoinedPrompts
 from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps, takes_groups
@@ -42,17 +41,39 @@ def plain(decoder: Decoder, *args: Any, **options: Any) -> Tensor:
 
 
 @pytest.fixture
-def prefixes_apart(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every group, whether its soft tokens attend to what its prompts begin with where that lies once for all."""
-    apart: list[bool] = []
-    for name, there in (("DecodeGroup", False), ("PrefixedDecodeGroup", True)):
-        make = getattr(refiner, name)
-        note = partial(apart.append, there)
-        monkeypatch.setattr(refiner, name, lambda *parts, note=note, make=make: note() or make(*parts))
-    return apart
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the soft tokens of every group attend: by PyTorch's attention, by products, or by those with a prefix."""
+    groups: list[str] = []
+    attention, products = refiner.DecodeGroup, refiner.ProductsDecodeGroup
+
+    def attend(*parts: Any) -> Any:
+        groups.append("attention")
+        return attention(*parts)
+
+    def multiply(cache: Any, mask: Tensor, prefix: Any) -> Any:
+        groups.append("prefix" if prefix else "products")
+        return products(cache, mask, prefix)
+
+    monkeypatch.setattr(refiner, "DecodeGroup", attend)
+    monkeypatch.setattr(refiner, "ProductsDecodeGroup", multiply)
+    return groups
 
 
-@pytest.mark.parametrize(("shared", "copied"), [(0, 0), (7, 0), (7, refiner.COPIED_PREFIX)])
+def take_few_rows(patch: pytest.MonkeyPatch, few: int) -> None:
+    patch.setattr(refiner, "FEW_ROWS", dict.fromkeys([torch.float32, torch.bfloat16], few))
+
+
+@pytest.mark.parametrize(
+    ("shared", "copied", "few", "how"),
+    [
+        (0, 0, 0, {"products"}),
+        (0, 0, 100, {"attention"}),
+        (7, 0, 0, {"products", "prefix"}),
+        (7, 0, 100, {"attention", "prefix"}),
+        (7, refiner.COPIED_PREFIX, 0, {"products"}),
+        (7, refiner.COPIED_PREFIX, 100, {"attention"}),
+    ],
+)
 @pytest.mark.parametrize("padding", [0, 512])
 @pytest.mark.parametrize("family", KNOWN)
 def test_states_equal_transformers_own(
@@ -60,12 +81,15 @@ def test_states_equal_transformers_own(
     padding: int,
     shared: int,
     copied: int,
+    few: int,
+    how: set[str],
     steps_taken: list[int],
-    prefixes_apart: list[bool],
+    made: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refiner, "DECODE_PADDING", padding)
     monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
+    take_few_rows(monkeypatch, few)
     decoder = Decoder.from_model(tiny_model(family))
     ids, mask = random_batch(LENGTHS, side="right")
     ids[:6, :shared] = ids[0, :shared].clone()  # six rows begin alike: an instruction
@@ -74,26 +98,39 @@ def test_states_equal_transformers_own(
         assert not steps_taken
         states = refine(decoder, ids, mask, num_steps=5, temperature=0.7, prompt_tokens=40)
     assert steps_taken == [len(LENGTHS)] * 5
-    assert any(prefixes_apart) == (shared > 0 and not copied)
+    assert set(made) == how
     assert relative_error(states, expected) <= 1e-4
     assert relative_error(states[:, -1], states[:, 1]) > 1e-2, "steps differ"
 
 
-def test_a_prefix_is_copied_for_as_many_rows_as_that_pays(
-    prefixes_apart: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefix_is_copied_for_as_many_rows_as_that_pays(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder.from_model(tiny_model("llama"))
     ids, mask = instructed_batch([9] * 8, 7, side="left")
     with torch.no_grad():
-        keys = decoder.transformer(input_ids=ids[:1, :7], use_cache=True).past_key_values.layers[0].keys.nbytes
+        keys = decoder.transformer(input_ids=ids[:1, :7], use_cache=True).past_key_values.layers[0].keys.numel()
         for copied in (8 * keys, 8 * keys - 1):
             monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
             refine(decoder, ids, mask, num_steps=1, prompt_tokens=1000)
-    assert prefixes_apart == [False, True]
+    assert made == ["products", "prefix"]
 
 
+def test_few_rows_of_bfloat16_are_left_to_attention(made: list[str]) -> None:
+    few = refiner.FEW_ROWS[torch.bfloat16]
+    for dtype in (torch.bfloat16, torch.float32):
+        model: Any = tiny_model("llama")
+        decoder = Decoder.from_model(model.to(dtype))
+        for rows in (few, few + 1):
+            with torch.no_grad():
+                refine(decoder, *random_batch([5] * rows), num_steps=1)
+    assert made == ["attention", "products", "products", "products"]
+
+
+@pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_rows_leave_after_their_own_steps(family: str, steps_taken: list[int]) -> None:
+def test_rows_leave_after_their_own_steps(
+    family: str, few: int, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_few_rows(monkeypatch, few)
     own = [2, 0, 4, 1, 4, 3, 0, 2, 1, 0]
     decoder = Decoder.from_model(tiny_model(family))
     ids, mask = random_batch(LENGTHS, side="left")
@@ -114,20 +151,24 @@ def test_rows_leave_after_their_own_steps(family: str, steps_taken: list[int]) -
     prompt_tokens=st.none() | st.integers(1, 120),
     side=st.sampled_from(["left", "right"]),
     copied=st.sampled_from([0, refiner.COPIED_PREFIX]),
+    few=st.sampled_from([0, 3, 100]),
 )
 def test_any_layout_gives_the_states_of_the_recompute_loop(
-    lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str, copied: int
+    lengths: list[int], shared: int, num_steps: int, prompt_tokens: int | None, side: str, copied: int, few: int
 ) -> None:
     decoder = Decoder.from_model(tiny_model("llama"))
     ids, mask = instructed_batch(lengths, shared, side=side)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(refiner, "COPIED_PREFIX", copied)
+        take_few_rows(patch, few)
         expected = refiner.recompute_states(decoder, ids, mask, num_steps=num_steps)
         states = refine(decoder, ids, mask, num_steps=num_steps, prompt_tokens=prompt_tokens)
     assert relative_error(states, expected) <= 1e-4
 
 
-def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass() -> None:
+@pytest.mark.parametrize("few", [0, 100])
+def test_bfloat16_stays_as_near_to_float32_as_transformers_own_pass(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_few_rows(monkeypatch, few)
     ids, mask = random_batch(LENGTHS, side="left")
     ids[:, :2] = 3
     with torch.no_grad():
@@ -202,7 +243,8 @@ def test_what_is_wrapped_is_called() -> None:
 
 
 @pytest.mark.parametrize("prefix_length", [0, 4])
-def test_attention_of_single_queries(prefix_length: int) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_attention_of_single_queries(prefix_length: int, products: bool) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
     shared = [torch.randn(1, 2, prefix_length, 8) for _ in range(2)]
@@ -218,42 +260,46 @@ def test_attention_of_single_queries(prefix_length: int) -> None:
         scale=0.3,
     )
     mask = torch.zeros(3, 9).masked_fill_(~seen, float("-inf"))
-    if prefix_length:
-        prefix, mask = (shared[0][0].mT.contiguous(), shared[1][0]), mask.repeat_interleave(2, dim=0).unsqueeze(1)
-        columns = keys.mT.contiguous()
-        found = attend_single_queries_after_prefix(query.squeeze(2), columns, values, mask, 0.3, prefix)
+    if products:
+        prefix = (shared[0][0].mT.contiguous(), shared[1][0]) if prefix_length else None
+        columns, each_head = keys.mT.contiguous(), mask.repeat_interleave(2, dim=0).unsqueeze(1)
+        found = multiply_single_queries(query.squeeze(2), columns, values, each_head, 0.3, prefix)
     else:
-        found = attend_single_queries(query.squeeze(2), keys, values, mask[:, None, None], 0.3)
+        mask = torch.cat([torch.zeros(3, prefix_length), mask], dim=1)[:, None, None]
+        begun = [part.expand(3, -1, -1, -1) for part in shared]
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(begun, (keys, values), strict=True))
+        found = attend_single_queries(query.squeeze(2), keys, values, mask, 0.3)
     torch.testing.assert_close(found, expected.squeeze(2))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_what_no_position_has_written_is_never_read_or_zero(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_what_no_position_has_written_is_never_read_or_zero(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products are masked, but what is no number would stay none."""
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan")))
-    prompts = JoinedPrompts(3, 5, 2, torch.float32, 1, prefix_apart=apart)
+    prompts = JoinedPrompts(3, 5, 2, torch.float32, 1, for_products=products)
     for rows, length in ((2, 5), (1, 3)):
         states = torch.ones(rows, 2, length, 4)
         prompts.next_group(rows).update(states, 2 * states, 0)
     ((keys, values),) = prompts.buffers()
-    assert keys.shape == ((3, 2, 4, 7) if apart else (3, 2, 7, 4))
+    assert keys.shape == ((3, 2, 4, 7) if products else (3, 2, 7, 4))
     assert values.shape == (3, 2, 7, 4)
     assert keys.is_contiguous()
     assert values.is_contiguous()
     written = torch.tensor([[1.0] * 5] * 2 + [[0, 0, 1, 1, 1]])
-    keys = keys.mT if apart else keys
+    keys = keys.mT if products else keys
     assert torch.equal(keys[:, 0, :5, 0], written)
     assert torch.equal(values[:, :, :5], 2 * keys[:, :, :5])
     for room in (keys[:, :, 5:], values[:, :, 5:]):
-        assert room.eq(0).all() if apart else room.isnan().all()
+        assert room.eq(0).all() if products else room.isnan().all()
 
 
 def test_room_without_numbers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder.from_model(tiny_model("llama"))
     ids, mask = instructed_batch(LENGTHS, 5, side="left")
     new_empty = torch.Tensor.new_empty
-    for copied in (0, refiner.COPIED_PREFIX):
+    for few, copied in ((0, 0), (0, refiner.COPIED_PREFIX), (100, refiner.COPIED_PREFIX)):
+        take_few_rows(monkeypatch, few)
         monkeypatch.setattr(refiner, "COPIED_PREFIX", copied)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             expected = refine(decoder, ids, mask, num_steps=3)
