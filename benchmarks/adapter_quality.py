@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mixes import data_folder
+from arguments import data_folder, output_file
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="rows a task (test rows in classification); all where not given")
     parser.add_argument("--experiments", type=int, default=10, help="logistic regressions; MTEB takes 10")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/adapter_quality.json"))
+    parser.add_argument("-o", "--output", type=output_file, default=Path("benchmarks/results/adapter_quality.json"))
     args = parser.parse_args()
     entries: list[dict[str, Any]] = []
     if args.output.exists():

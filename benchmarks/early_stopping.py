@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mixes import data_folder
+from arguments import data_folder, output_file
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data", type=data_folder, required=True, help="folder of task folders")
     parser.add_argument("--limit", type=int, default=300, help="pairs of each task")
     parser.add_argument("--model", help="a folder or hub id; the shipped model where not given")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "early_stopping.json")
+    parser.add_argument("--output", type=output_file, default=Path(__file__).parent / "results" / "early_stopping.json")
     args = parser.parse_args()
     model = GIRCSE(args.model) if args.model else GIRCSE()
     rows: dict[str, dict[str, dict[str, float]]] = {}

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixes import INSTRUCTION, data_folder, read_mix
+from arguments import at_least_one, data_folder, output_file
+from mixes import INSTRUCTION, read_mix
 from peak_memory import peak_rise
 from rich.console import Console
 from rich.table import Table
@@ -195,10 +196,12 @@ def main() -> None:
         "--batch", type=int, default=32, help="texts a batch of all but encode; 32 is the default there"
     )
     parser.add_argument("--variants", type=lambda text: text.split(","), help="all where not given")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "encode_speed.json")
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "encode_speed.json"
+    )
     arguments = parser.parse_args()
     if arguments.memory_of:
         peak_of_one(arguments)

@@ -16,6 +16,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from arguments import output_file
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def main() -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of an evaluation at several K up to 20")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "evaluate_steps.json")
+    parser.add_argument("--output", type=output_file, default=Path(__file__).parent / "results" / "evaluate_steps.json")
     args = parser.parse_args()
     found: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in read_results(args.results).plain:

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mixes import INSTRUCTION, MIXES, data_folder, read_mix
+from arguments import at_least_one, data_folder, output_file
+from mixes import INSTRUCTION, MIXES, read_mix
 from rich.console import Console
 from rich.table import Table
 
@@ -90,10 +91,12 @@ def main() -> None:
     parser.add_argument("--data", type=data_folder, required=True, help="folder of the evaluation data")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bfloat16", "float32"])
     parser.add_argument("--num-steps", type=int, default=5, help="K")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, 1 or more")
+    parser.add_argument("--repeats", type=at_least_one, default=7, help="rounds that count")
     parser.add_argument("--what", choices=("given back", "kept"), help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "freed_memory.json")
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "freed_memory.json"
+    )
     arguments = parser.parse_args()
     if arguments.what:
         answer(arguments)

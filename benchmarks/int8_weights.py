@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from mixes import INSTRUCTION, data_folder, read_mix
+from arguments import data_folder, output_file
+from mixes import INSTRUCTION, read_mix
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import ndcg_score
@@ -88,7 +89,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--others", type=int, default=400, help="passages that answer none of them")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "int8_weights.json")
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "int8_weights.json"
+    )
     arguments = parser.parse_args()
     if arguments.memory_of:
         memory_of(arguments.memory_of, arguments.data)

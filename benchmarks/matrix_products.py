@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import at_least_one, output_file
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -38,8 +39,10 @@ def neighbour_effect(layer: nn.Module, inputs: torch.Tensor) -> float:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "matrix_products.json")
+    parser.add_argument("--repeats", type=at_least_one, default=9)
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "matrix_products.json"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

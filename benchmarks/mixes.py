@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,13 +9,6 @@ INSTRUCTION = "Retrieve semantically similar text"
 """Over short and medium texts; long ones are plain."""
 
 MIXES = ("short", "medium", "long")
-
-
-def data_folder(text: str) -> Path:
-    """The type of ``--data``, for argparse: a folder that is there."""
-    if not (folder := Path(text)).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no folder")
-    return folder
 
 
 def read_mix(data: Path, mix: str, count: int) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least_one, output_file
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -44,9 +45,11 @@ def _without_bounds(dtype: torch.dtype) -> Callable[[torch.dtype], Any]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packed_products.json")
+    parser.add_argument(
+        "--output", type=output_file, default=Path(__file__).parent / "results" / "packed_products.json"
+    )
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     packed_weights.packing_library = _without_bounds(dtype)  # where the bounds should be is what is asked

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytrec_eval
 import torch
-from mixes import data_folder
+from arguments import data_folder, output_file
 from rerank_gain import INSTRUCTIONS, METRICS, Task, retrieval, summarize
 from rich.console import Console
 from rich.table import Table
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--cut", type=numbers, default=[512, 256, 128], help="tokens, separated by commas")
     parser.add_argument("--chunks", type=numbers, default=[256, 128], help="tokens, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/passage_length.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/passage_length.json"))
     options = parser.parse_args()
     table = Table("task", "model", "documents", "s", *(f"{name} (gain, 95 %)" for name in METRICS.values()), box=None)
     results: dict[str, Any] = {}

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixes import INSTRUCTION, MIXES, data_folder, read_mix
+from arguments import data_folder, output_file
+from mixes import INSTRUCTION, MIXES, read_mix
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,9 @@ def main() -> None:
     parser.add_argument("--what", choices=("ours", "unlimited", "encoder"), help=argparse.SUPPRESS)
     parser.add_argument("--mix", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "process_memory.json")
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "process_memory.json"
+    )
     arguments = parser.parse_args()
     if arguments.what:
         measure_one(arguments)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytrec_eval
-from mixes import data_folder
+from arguments import data_folder, output_file
 from rich.console import Console
 from rich.table import Table
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=50, help="candidates of the second stage")
     parser.add_argument("--model", help="the shipped one where not given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rerank_gain.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/rerank_gain.json"))
     options = parser.parse_args()
     few, many = (int(step) for step in options.steps.split(","))
     model = GIRCSE(options.model)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from arguments import output_file
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=500)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/search_recall.json"))
+    parser.add_argument("--output", type=output_file, default=Path("benchmarks/results/search_recall.json"))
     options = parser.parse_args()
     if options.vectors is not None:
         source = normalized(np.load(options.vectors))

@@ -25,12 +25,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
+from arguments import output_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = (1, 1, 1, 1, 2, 4, 8, 16, 48)
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--fail-batch", type=int, default=20, help="the batch that fails, after each start; 0: none")
     parser.add_argument("--model", help="the shipped model where not given")
     parser.add_argument("--max-num-steps", type=int, default=20)
-    parser.add_argument("--output", type=Path, help="where to write JSON")
+    parser.add_argument("--output", type=output_file, help="where to write JSON")
     options = parser.parse_args()
 
     from gircse.cli.demo import load_corpus

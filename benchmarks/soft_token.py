@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from arguments import at_least_one, output_file
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -67,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="49152x576,262144x640", help="VxD, several separated by commas")
     parser.add_argument("--rows", default="16,64,256,1024")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--output", "-o", type=Path, default=Path("benchmarks/results/soft_token.json"))
+    parser.add_argument("--repeats", type=at_least_one, default=20)
+    parser.add_argument("--output", "-o", type=output_file, default=Path("benchmarks/results/soft_token.json"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here; the kernels are for one")

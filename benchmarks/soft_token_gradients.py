@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from mixes import data_folder
+from arguments import data_folder, output_file
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=lambda text: [int(k) for k in text.split(",")], default=[0, 1, 2, 3, 5, 10])
     parser.add_argument("--rows", type=int, default=16)
     results = Path(__file__).parent / "results"
-    parser.add_argument("-o", "--output", type=Path, default=results / "soft_token_gradients.json")
+    parser.add_argument("-o", "--output", type=output_file, default=results / "soft_token_gradients.json")
     arguments = parser.parse_args()
     rows = [row for row, _ in zip(read_rows(arguments.data / "medquad.jsonl.zst"), range(arguments.rows), strict=False)]
     columns = [

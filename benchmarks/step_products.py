@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least_one, output_file
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -103,9 +104,9 @@ def main() -> None:
     """Measure, print a table and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     default = Path(__file__).parent / "results" / "step_products.json"
-    parser.add_argument("--output", type=Path, default=default, help="JSON file")
+    parser.add_argument("--output", type=output_file, default=default, help="JSON file")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     title = f"Twenty steps' attention through 30 layers, and a step's head, in {arguments.dtype}"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least_one, output_file
 from peak_memory import peak_rise
 from peft import LoraConfig
 from rich.console import Console
@@ -164,14 +165,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers, default=[128])
     parser.add_argument("--steps", type=numbers, default=[5])
     parser.add_argument("--rows", type=int, default=8, help="queries, and as many passages")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variants", type=variants, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument(
+        "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "train_step.json"
+    )
     arguments = parser.parse_args()
     if arguments.memory_of:
         peak_of_one(arguments)
