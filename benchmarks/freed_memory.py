@@ -1,16 +1,19 @@
-"""`encode` in a process that keeps what it has freed (`gircse.freed_memory`), and in one that gives it back.
+"""`encode` in a process that keeps what it has freed, and in one that gives it back, as glibc does by itself.
 
     python benchmarks/freed_memory.py --data DATA/eval
 
-Two processes with packed weights embed the same texts in turn, so that what else the machine does meets both. Medians
-of the rounds; the ratio is the median of each round's. Pages that the system cleared are counted in one call, memory is
-the most that the process has held, loading included. Linux. Writes benchmarks/results/freed_memory.json.
+glibc returns large blocks to the system, which clears as much memory anew, page by page, for the next layer; two of its
+variables let it keep them. Two processes with packed weights embed the same texts in turn, so that what else the
+machine does meets both. Medians of the rounds; the ratio is the median of each round's. Pages that the system cleared
+are counted in one call, memory is the most that the process has held, loading included. Linux. Writes
+benchmarks/results/freed_memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -26,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 COUNTS = {"short": 192, "medium": 48, "long": 20}
+VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # bytes
 
 
 def answer(arguments: argparse.Namespace) -> None:
@@ -33,12 +37,9 @@ def answer(arguments: argparse.Namespace) -> None:
     import torch
 
     from gircse import GIRCSE
-    from gircse.freed_memory import keep_freed_memory
     from gircse.kernel_caches import limit_kernel_caches
 
     limit_kernel_caches()
-    if arguments.what == "kept":
-        keep_freed_memory()
     model = GIRCSE(dtype=getattr(torch, arguments.dtype), device="cpu").pack_weights()
     texts = {mix: read_mix(arguments.data, mix, count) for mix, count in COUNTS.items()}
     prompt = f"Instruct: {INSTRUCTION}\nQuery: "
@@ -63,11 +64,12 @@ def ask(process: subprocess.Popen[str], mix: str) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     """An entry for each mix and process."""
     command = [sys.executable, __file__, "--data", str(arguments.data), "--num-steps", str(arguments.num_steps)]
+    command += ["--answer", "--dtype", dtype]
     processes = {
         what: subprocess.Popen(
-            [*command, "--dtype", dtype, "--what", what], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables
         )
-        for what in ("given back", "kept")
+        for what, variables in (("given back", {}), ("kept", VARIABLES))
     }
     entries = []
     for mix in MIXES:
@@ -92,13 +94,13 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bfloat16", "float32"])
     parser.add_argument("--num-steps", type=int, default=5, help="K")
     parser.add_argument("--repeats", type=at_least_one, default=7, help="rounds that count")
-    parser.add_argument("--what", choices=("given back", "kept"), help=argparse.SUPPRESS)
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument(
         "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "freed_memory.json"
     )
     arguments = parser.parse_args()
-    if arguments.what:
+    if arguments.answer:
         answer(arguments)
         return
     entries = []

@@ -54,12 +54,10 @@ def load_encode(arguments: argparse.Namespace) -> Callable[..., object]:
         encoder = SentenceTransformer(modules=[transformer, pooling], device="cpu")
         return lambda texts, prompt, **options: encoder.encode(texts, prompt=prompt)
     from gircse import GIRCSE
-    from gircse.freed_memory import keep_freed_memory
     from gircse.kernel_caches import limit_kernel_caches
 
     if arguments.what == "ours":
         limit_kernel_caches()
-    keep_freed_memory()
     model = GIRCSE(dtype=dtype, device="cpu").pack_weights()
     return lambda texts, prompt, **options: model.encode(texts, prompt=prompt, num_steps=arguments.num_steps, **options)
 

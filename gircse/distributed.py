@@ -27,7 +27,6 @@ from gircse.embed.job import EmbedSettings, EmbedSummary, Progress, TextEncoder,
 from gircse.embed.reader import STDIN, CorpusReader, Row, SeenIds
 from gircse.embed.writer import read_metadata, refuse_differences
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
-from gircse.freed_memory import keep_freed_memory
 from gircse.kernel_caches import limit_kernel_caches
 
 SUMMARY = "gircse.json"
@@ -179,7 +178,6 @@ class EmbedWorker:
 
     def __init__(self, load: Callable[[], TextEncoder], corpus: Corpus, folder: str, settings: EmbedSettings) -> None:
         limit_kernel_caches()
-        keep_freed_memory()
         self.model, self.corpus, self.folder, self.settings = load(), corpus, Path(folder), settings
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -31,7 +31,6 @@ from gircse.cli.serve import serve
 from gircse.cli.similarity import similarity
 from gircse.cli.train import train
 from gircse.errors import GircseError
-from gircse.freed_memory import keep_freed_memory
 from gircse.kernel_caches import limit_kernel_caches
 
 app = typer.Typer(
@@ -98,7 +97,6 @@ def main() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         limit_kernel_caches()
-        keep_freed_memory()
         app()
     except GircseError as error:
         if debug:
