@@ -15,7 +15,7 @@ from gircse.answer_loss import answer_loss, answer_tokens
 from gircse.errors import GircseError, UsageError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.train.answers import _keywords, _keywords_of_positives
+from gircse.train.answers import _keywords
 from gircse.train.data import load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import load_recipe
@@ -169,38 +169,6 @@ def test_keywords_are_rare_but_not_unique() -> None:
     assert drawn[-3:] == ["common", "lonely", "ab"], (
         "a word of one query only where there is no other, and then the query"
     )
-
-
-def test_keywords_of_a_positive_are_what_its_query_leaves_unsaid() -> None:
-    texts = [["Who wrote common plays?", "Common frequent words"]] * 90 + [["Who?", "rarely frequent"]] * 10
-    drawn = _keywords_of_positives(
-        [*texts, ["one two three", "one three"], ["here there", "some here there them once frequent"], ["?", "a b"]],
-        random.Random(0),
-    )
-    assert {tuple(sorted(answer.split())) for answer in drawn[:90]} == {("frequent", "words")}, "not what was asked"
-    assert [answer.split()[0] for answer in drawn[90:100]].count("rarely") > 5, "the rare one is drawn first"
-    assert drawn[100] == "three", "said already, for want of others"
-    assert drawn[101] == "frequent", "and not what only one positive has"
-    assert drawn[102] == "?"
-    many = _keywords_of_positives([["q", "alpha beta gamma delta epsilon"]] * 200, random.Random(0))
-    assert {len(set(answer.split())) for answer in many} == {3}
-    assert {word for answer in many for word in answer.split()} == {"alpha", "beta", "gamma", "delta", "epsilon"}
-
-
-def test_a_source_asks_for_keywords_of_its_positives(folder: Path, backbone: Path) -> None:
-    animals = ["lions", "tigers", "horses", "sheep"] * 4
-    rows = [
-        {"task": "a", "query": f"query {i} about", "pos": [f"passage about {animal}"], "neg": ["bad"]}
-        for i, animal in enumerate(animals)
-    ]
-    (folder / "data" / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = load_recipe(with_source(folder, backbone, file="passages", answer="keywords"))
-    data = load_training_data(recipe)["passages/a"]
-    seen: list[Any] = data.to_list()
-    for row in seen:
-        assert row["answer_to_spell"][0] == " "
-        assert set(row["answer_to_spell"].split()) == {"passage", row["positive"].split()[-1]}, "all but what was asked"
-    assert load_training_data(recipe)["passages/a"][:] == data[:], "the same words every time"
 
 
 def test_every_row_draws_one_of_several_wordings(folder: Path, backbone: Path) -> None:

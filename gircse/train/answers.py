@@ -20,12 +20,6 @@ ANSWER_COLUMN = "answer_to_spell"
 QUERIES_FORM = 0
 """Number of the form that all queries of a ``facet: form`` source are in."""
 
-KEYWORDS = "keywords"
-"""The answer that asks for words of the positive."""
-
-MOST_KEYWORDS, READ_CHARACTERS = 3, 600
-"""How many words an answer has, and how much of a positive they are drawn from."""
-
 _WORD = re.compile(r"[^\W\d_]{4,}")
 """A keyword has at least four letters: shorter words are mostly grammar."""
 
@@ -61,8 +55,6 @@ def make_answers(
         found = [_name_of_form(row["task"], own[0], source, source.answer) for row, own in named]
     elif source.facet == "content":
         found = _keywords([row["query"] for row in rows], generator)
-    elif source.answer == KEYWORDS:
-        found = _keywords_of_positives(texts, generator)
     else:
         found = [_name_in(own[1], source, source.answer) for own in texts]
     return [" " + answer for answer in found]
@@ -97,25 +89,6 @@ def _keywords(queries: list[str], generator: random.Random) -> list[str]:
     for query, own in zip(queries, words, strict=True):
         candidates = [word for word in own if counts[word] > 1] or own or [query.strip() or "nothing"]
         result.append(generator.choices(candidates, [max(counts[word], 1) ** -0.5 for word in candidates])[0])
-    return result
-
-
-def _keywords_of_positives(texts: list[list[str]], generator: random.Random) -> list[str]:
-    """A few words of each positive that its query does not have, drawn by the same rarity without putting back.
-
-    What a query's answer speaks of is what the query leaves unsaid: SPLADE (arXiv 2107.05720) expands a query by such
-    words, HyDE (arXiv 2212.10496) by a passage that an LLM makes up.
-    """
-    said = [{word.lower() for word in _WORD.findall(query)} for query, *_ in texts]
-    words = [sorted({word.lower() for word in _WORD.findall(own[1][:READ_CHARACTERS])}) for own in texts]
-    counts = Counter(word for own in words for word in own)
-    result = []
-    for (query, *_), own, known in zip(texts, words, said, strict=True):
-        new = [word for word in own if word not in known]
-        candidates = [word for word in new if counts[word] > 1] or new or own or [query.strip() or "nothing"]
-        # the largest of u^(1/w) are a draw by weight without putting back (Efraimidis and Spirakis, 2006)
-        drawn = sorted(candidates, key=lambda word: -(generator.random() ** max(counts[word], 1) ** 0.5))
-        result.append(" ".join(drawn[:MOST_KEYWORDS]))
     return result
 
 

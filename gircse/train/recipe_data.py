@@ -57,8 +57,7 @@ class Source(Section):
             the name of a class a pattern of positives, e.g. ``intent: *``: what the star stands for is the answer. With
             ``facet: form`` a mapping, the name of each form: of the queries' form by ``queries``, of a task's
             positives by the task or a pattern of it, e.g. ``{queries: English, "*-en-fr": French}``. With ``facet:
-            content`` the word ``keyword``: a word of the row's query, drawn by its rarity, whichever side asks. And of
-            any other source ``keywords``: words of the positive that the query does not have, drawn likewise.
+            content`` the word ``keyword``: a word of the row's query, drawn by its rarity, whichever side asks.
         class_field: A field of the rows, e.g. ``label``, that holds a class (a text or a whole number): the positives
             of rows of the same class are then no negatives of each other.
         facet: Trains what an instruction steers, on pairs that say the same in two forms (languages, tones, code and
@@ -129,8 +128,8 @@ class Source(Section):
                 raise ValueError("with facet: form, answer is a mapping: the names of the forms")
             if self.facet == "content" and self.answer != "keyword":
                 raise ValueError("with facet: content, the answer is a keyword: answer: keyword")
-            if self.facet is None and self.answer != "keywords" and self.answer.count("*") != 1:
-                raise ValueError("answer is 'keywords', or a pattern of the positives with one * in it: 'intent: *'")
+            if self.facet is None and self.answer.count("*") != 1:
+                raise ValueError("answer is a pattern of the positives with one * in it, e.g. 'intent: *'")
         return self
 
     @model_validator(mode="after")
