@@ -48,7 +48,7 @@ COPIED_PREFIX = 2**19
 products of its own (docs/experiments.md): 2,730 tokens of SmolLM2-135M's."""
 
 FEW_ROWS = {torch.bfloat16: 32}
-"""Of a group, by the dtype of its keys: for up to so many PyTorch's attention is faster than products (likewise)."""
+"""Rows of a group, by the dtype of its keys, up to which PyTorch's attention beats products (docs/experiments.md)."""
 
 
 @dataclass(frozen=True)
