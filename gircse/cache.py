@@ -183,8 +183,7 @@ class JoinedPrompts:
         layers: How many layers there will be; more, or larger ones than the first, have blocks of their own.
         for_products: Whether the soft tokens' attention is `multiply_single_queries`: then keys lie in columns, and the
             room is filled with zeros.
-        prefix_apart: Whether what the rows of a group begin with is left where it is. `length` does not count it then,
-            and it is `for_products`.
+        prefix_apart: Whether what the rows of a group begin with is left where it is. `length` does not count it then.
     """
 
     def __init__(
@@ -298,7 +297,8 @@ class _PromptCache(DynamicCache):
 class _PromptLayer(DynamicLayer):
     """Of a `_PromptCache`: its keys and values are the prefix's, of one row, and then those of the whole pass.
 
-    Where keys lie in columns, they stay the prefix's, and the pass reads what it has computed itself.
+    Where keys lie in columns, or the prefix apart, they stay the prefix's, and the pass reads what it has computed
+    itself.
     """
 
     def __init__(self, joined: JoinedPrompts, rows: slice, index: int) -> None:
@@ -311,7 +311,7 @@ class _PromptLayer(DynamicLayer):
             assert self.values is not None
             parts.insert(0, (self.keys, self.values))
         written = self._joined.write(self._index, self._rows, parts)
-        if self._joined.for_products:
+        if self._joined.for_products or self._joined.prefix_apart:
             return _after(self.keys, key_states), _after(self.values, value_states)
         _begin_with(self, *written)
         assert self.keys is not None

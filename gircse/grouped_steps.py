@@ -124,29 +124,48 @@ class GroupedSteps:
         Returns:
             h_k, (B, d).
         """
+        turn = self._turn(tokens)
+        states, new = tokens, None  # what the last part of a layer adds to the states
+        for index, layer in enumerate(self._transformer.layers):
+            states, normed = self._add_and_norm(states, new, layer.input_layernorm)
+            new = self._attention(layer.self_attn, index, normed, turn)
+            states, normed = self._add_and_norm(states, new, layer.post_attention_layernorm)
+            gate, up = products(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
+            new = products(self._gated(layer.mlp, gate, up), layer.mlp.down_proj)[0]
+        self._positions = self._positions + 1
+        return self._add_and_norm(states, new, self._transformer.norm)[1]
+
+    def _turn(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the new positions, as `_turned` takes them."""
         cos, sin = self._transformer.rotary_emb(tokens.unsqueeze(1), position_ids=self._positions)  # (B, 1, d_head)
         half = sin.shape[-1] // 2
-        turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        states = tokens
-        for index, layer in enumerate(self._transformer.layers):
-            states = states + self._attention(layer.self_attn, index, layer.input_layernorm(states), turn)
-            gate, up = _products(layer.post_attention_layernorm(states), layer.mlp.gate_proj, layer.mlp.up_proj)
-            states = states + _products(layer.mlp.act_fn(gate) * up, layer.mlp.down_proj)[0]
-        self._positions = self._positions + 1
-        return self._transformer.norm(states)
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+    def _turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary positions, (B, heads, d_head); the first half of the sines has its sign changed."""
+        cos, signed_sin = turn
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+    def _add_and_norm(self, states: Tensor, new: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The sum of both, (B, d), and its norm."""
+        states = states if new is None else states + new
+        return states, norm(states)
+
+    def _gated(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
+        return module.act_fn(gate) * up
 
     def _attention(self, module: Any, index: int, states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """(B, d), of the layer with this index."""
-        projected = _products(states, module.q_proj, module.k_proj, module.v_proj)
+        projected = products(states, module.q_proj, module.k_proj, module.v_proj)
         query, key, value = (x.view(len(states), -1, module.head_dim) for x in projected)  # (B, heads, d_head)
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
-        query, key = _turned(query, *turn), _turned(key, *turn)
+        query, key = self._turned(query, turn), self._turned(key, turn)
         rows = [group.rows for group in self._groups]
         parts = zip(self._groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
         mixed = [group.attend(index, q, k, v, module.scaling) for group, q, k, v in parts]
         together = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-        return _products(together.view(len(states), -1), module.o_proj)[0]
+        return products(together.view(len(states), -1), module.o_proj)[0]
 
 
 class DecodeGroup:
@@ -211,12 +230,7 @@ class ProductsDecodeGroup(DecodeGroup):
         return multiply_single_queries(query, columns, values, self._mask.flatten(0, 1), scaling, prefix)
 
 
-def _products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+def products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """What linear layers make of the same rows; at once, where they have a way to (`gircse.train.fused_lora`)."""
     together = vars(layers[0]).get("forward_together")
     return [layer(x) for layer in layers] if together is None else together(x, layers)
-
-
-def _turned(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary positions, (B, heads, d_head); the first half of the sines has its sign changed."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)

@@ -36,6 +36,12 @@ def use_fused_norms(model: nn.Module) -> int:
     return count
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether `use_fused_norms` has taken this one, which then is x / sqrt(mean(x²) + ε) · weight and no more."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
+
+
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """The norm x / sqrt(mean(x²) + ε) · weight over the last dimension, (..., d), rounded once."""
     return F.rms_norm(x, weight.shape, weight, epsilon)

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from gircse import step_kernels
 from gircse.frozen_linear import FrozenLinear
 from gircse.packed_weights import ROWS_PACKED_FOR
 
@@ -38,6 +39,8 @@ class PackedLinear(FrozenLinear):
     """
 
     kind = "packed weights"
+    dtype: torch.dtype
+    opaque = ("_packed", "_panel", "_address")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
         super().__init__(weight, None if bias is None else bias.to(dtype))
@@ -46,6 +49,8 @@ class PackedLinear(FrozenLinear):
 
     def _keep(self, matrix: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_PACKED_FOR)
+        self._panel = step_kernels.panel_width(*matrix.shape, self.dtype, ROWS_PACKED_FOR)
+        self._address = torch.ops.mkldnn.data_ptr(self._packed) if self._panel else 0
 
     def matrix(self) -> Tensor:
         """W, (out, in)."""
@@ -59,7 +64,10 @@ class PackedLinear(FrozenLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
+        if self._panel and len(rows) <= step_kernels.MOST_PRODUCT_ROWS[self.dtype]:
+            out = step_kernels.multiply(rows.contiguous(), self._address, self._panel, self.bias, self.out_features)
+        else:
+            out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
         return out.view(*x.shape[:-1], self.out_features)
 
 

@@ -21,6 +21,8 @@ from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
 from gircse.gradient_chain import GradientChain
 from gircse.grouped_steps import DecodeGroup, GroupedSteps, ProductsDecodeGroup, takes_groups
+from gircse.kernel_prompts import prompt_states
+from gircse.kernel_steps import KernelGroup, KernelSteps, takes_kernels
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 from gircse.step_graphs import StepGraphs
 from gircse.trained_steps import TrainedGroup
@@ -163,7 +165,10 @@ def refine(
         if rows < len(states[-1]):
             select_rows(cache, slice(rows))
         source = chain.source(states[-1][:rows])
-        token = decoder.vocabulary.soft_token(source, temperature, detach=chain.detached)  # (rows, d)
+        compiled = not (decoder.transformer.training or torch.is_grad_enabled())
+        token = decoder.vocabulary.soft_token(
+            source, temperature, detach=chain.detached, compiled=compiled
+        )  # (rows, d)
         out = decoder.transformer(
             inputs_embeds=token.unsqueeze(1),
             attention_mask=mask[:rows, : longest + step + 1],
@@ -186,13 +191,17 @@ def _refine_in_groups(
 ) -> Tensor:
     """As `refine`: every group of prompts keeps a cache of its own length."""
     num_steps, prefixes = max(own_steps), _run_prefixes(decoder, prompts)
+    kernels = takes_kernels(decoder)
+    dtype = decoder.vocabulary.embedding.weight.dtype if kernels else dtype
     if min(own_steps) == num_steps:
         joined = join_groups(prompts, DECODE_PADDING)
     else:  # those with the most steps first: rows then leave at the end of their group, and nothing is copied
         joined = [[prompt.ordered_by(lambda row: -own_steps[row])] for prompt in prompts]
     order = [[row for prompt in group for row in prompt.rows] for group in joined]
-    made = [_decode_group(decoder, group, prefixes, num_steps, dtype, reading) for group in joined]
-    steps, state = GroupedSteps(decoder, [group for _, group in made]), torch.cat([first for first, _ in made])
+    group_of = _kernel_group if kernels else _decode_group
+    made = [group_of(decoder, group, prefixes, num_steps, dtype, reading) for group in joined]
+    groups, state = [group for _, group in made], torch.cat([first for first, _ in made])
+    steps = KernelSteps(decoder, groups) if kernels else GroupedSteps(decoder, groups)
     rows = torch.tensor([row for members in order for row in members])
     states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])
     states[rows, 0] = state
@@ -201,7 +210,7 @@ def _refine_in_groups(
         if sum(counts) < len(rows):
             kept = steps.keep(counts)
             rows, state = rows[kept], state[kept]
-        state = steps.next_states(decoder.vocabulary.soft_token(state, temperature))
+        state = steps.next_states(decoder.vocabulary.soft_token(state, temperature, compiled=True))
         states[rows, step + 1] = state
     return states
 
@@ -227,6 +236,25 @@ def _decode_group(
         return first, DecodeGroup(room.buffers(), mask)
     shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
     return first, ProductsDecodeGroup(room.buffers(), mask, shared)
+
+
+def _kernel_group(
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    prefixes: Mapping[tuple[int, ...], DynamicCache],
+    num_steps: int,
+    dtype: torch.dtype,
+    reading: PromptReading,
+) -> tuple[Tensor, KernelGroup]:
+    """As `_decode_group`, for compiled kernels, which read a prefix where it lies."""
+    count, prefix = sum(len(prompt.rows) for prompt in prompts), cache_tensors(prefixes[prompts[0].prefix])
+    masks = [prompt.own_mask for prompt in prompts]
+    longest = masks[0].shape[1]
+    room = JoinedPrompts(count, longest, num_steps, dtype, _count_layers(decoder), prefix_apart=True)
+    first, _ = _run_prompts(decoder, prompts, prefixes, room, reading, keep=True)
+    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+    shared = [(keys[0].to(dtype).contiguous(), values[0].to(dtype).contiguous()) for keys, values in prefix]
+    return first, KernelGroup(room.buffers(), mask, shared)
 
 
 def _refine_in_training(
@@ -306,6 +334,11 @@ def _prompt_pass(
 ) -> Tensor:
     """h_0 of a group's rows, (b, d); fills the cache."""
     use_cache = keep or bool(prompt.prefix)
+    if takes_groups(decoder) and not torch.is_grad_enabled() and takes_kernels(decoder):
+        two_sided = reading.attention == "bidirectional"
+        options = {"two_sided": two_sided, "last_alone": not reading.mean}
+        states = prompt_states(decoder, prompt.ids, prompt.mask, cache if use_cache else None, **options)
+        return _first_state(states, prompt.own_mask, reading)
     positions = (prompt.mask.cumsum(dim=1) - 1).clamp_min(0)  # counted from each row's first token
     out = decoder.transformer(
         input_ids=prompt.ids,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gircse import step_kernels
 from gircse.fused_soft_token import faster, fused_soft_token, is_possible
 
 ROWS_AT_A_TIME = 128
@@ -73,7 +74,9 @@ class Vocabulary:
         logits = self.logits(hidden).float()
         return F.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
-    def soft_token(self, hidden: Tensor, temperature: float = 1.0, *, detach: bool = False) -> Tensor:
+    def soft_token(
+        self, hidden: Tensor, temperature: float = 1.0, *, detach: bool = False, compiled: bool = False
+    ) -> Tensor:
         """E = p · E: the next input embedding (GIRCSE, section 3.1).
 
         A one-hot p gives exactly the input embedding of that token. On a GPU the probabilities are never stored where
@@ -83,6 +86,8 @@ class Vocabulary:
             hidden: The hidden state that predicts the soft token, (B, d).
             temperature: T > 0; small values approach the greedy token, large ones the mean embedding.
             detach: No gradient goes back through it.
+            compiled: Whether few rows may be computed by compiled kernels, without gradients. They round otherwise, so
+                training leaves them out.
 
         Returns:
             (B, d), in the dtype of the embedding table.
@@ -92,13 +97,30 @@ class Vocabulary:
                 return self.soft_token(hidden, temperature)
         table = self.embedding.weight  # (V, d)
         compute = partial(self.by_products, temperature=temperature)
-        if self.logit_cap is None and is_possible(self.head, table, hidden):
-            scale = self.state_scale * self.logit_scale / temperature
+        scale = self.state_scale * self.logit_scale / temperature
+        if compiled and self._is_read_once(hidden):
+            compute = partial(step_kernels.soft_tokens, table=table, scale=scale)
+        elif self.logit_cap is None and is_possible(self.head, table, hidden):
             fused = partial(fused_soft_token, head=self.head.weight, table=table, scale=scale)
             if faster(fused, compute, hidden, len(table)):
                 compute = fused
         mixed = compute(hidden)
         return mixed * self.embedding_scale if self.embedding_scale != 1.0 else mixed
+
+    def _is_read_once(self, hidden: Tensor) -> bool:
+        """Whether head and embedding are one table, and the compiled pass over it is faster for so few rows."""
+        table, head = self.embedding.weight, self.head
+        return (
+            hidden.device.type == "cpu"
+            and hidden.dtype == table.dtype
+            and isinstance(head, nn.Linear)
+            and head.weight is table
+            and head.bias is None
+            and self.logit_cap is None
+            and table.is_contiguous()
+            and step_kernels.serves(hidden.dtype, hidden.shape[-1])
+            and len(hidden) <= step_kernels.MOST_SOFT_TOKENS[hidden.dtype]
+        )
 
     def by_products(self, hidden: Tensor, temperature: float) -> Tensor:
         """P · E by two products and a softmax, as `soft_token` takes and gives them, without the embedding's scale.

@@ -81,6 +81,7 @@ def _gircse(
       GIRCSE_OFFLINE    1: never ask the network
       GIRCSE_DEBUG      1: show tracebacks, as --debug does
       GIRCSE_PACKED_WEIGHTS  0: weights are never packed (CPU): slower soft tokens
+      GIRCSE_STEP_KERNELS  0: no compiled kernels (CPU): slower
       GIRCSE_FUSED_SOFT_TOKEN  0: never compute soft tokens by the Triton kernels (GPU)
       GIRCSE_API_KEY    key that gircse serve asks for
       GIRCSE_LLM_API_KEY  key of the endpoint that gircse ask --llm uses

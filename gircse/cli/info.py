@@ -61,6 +61,7 @@ def _hardware() -> dict[str, str]:
     from sentence_transformers.util import get_device_name
 
     from gircse.hardware import fastest_dtype
+    from gircse.step_kernels import library
 
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
@@ -70,6 +71,7 @@ def _hardware() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "dtype": f"{str(dtype).removeprefix('torch.')}, for {reason}; --dtype chooses another",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "compiled kernels": "yes" if library() is not None else "no: slower on a CPU; install where there is g++",
     }
 
 

@@ -1,0 +1,93 @@
+"""The steps of a batch by compiled kernels: what `GroupedSteps` does between its products, in a few calls a layer.
+
+Knows layers of Llama and families like it, and `gircse.step_kernels`; knows nothing of texts, pooling or losses. For
+inference alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from gircse import step_kernels
+from gircse.decoders import Decoder
+from gircse.grouped_steps import GroupedSteps
+from gircse.norms import is_fused
+
+
+def takes_kernels(decoder: Decoder) -> bool:
+    """Whether the kernels compute all that `GroupedSteps` does of a decoder that it takes."""
+    transformer: Any = decoder.transformer
+    layers = list(transformer.layers)
+    width = layers[0].self_attn.head_dim
+    sizes = width, transformer.config.hidden_size, transformer.config.intermediate_size
+    dtype = decoder.vocabulary.embedding.weight.dtype
+    norms = [transformer.norm, *(layer.input_layernorm for layer in layers)]
+    norms += [layer.post_attention_layernorm for layer in layers]
+    return (
+        step_kernels.serves(dtype, *sizes)
+        and width <= step_kernels.MOST_WIDTH
+        and all(isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in layers)
+        and all(is_fused(norm) and norm.weight.dtype == dtype for norm in norms)
+    )
+
+
+class KernelSteps(GroupedSteps):
+    """As `GroupedSteps`, of a decoder that `takes_kernels`."""
+
+    def next_states(self, tokens: Tensor) -> Tensor:
+        """As `GroupedSteps.next_states`."""
+        return super().next_states(tokens.clone())  # states are added to in place
+
+    def _turn(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        wide = tokens.unsqueeze(1).float()
+        cos, sin = self._transformer.rotary_emb(wide, position_ids=self._positions)  # (B, 1, d_head)
+        return cos.contiguous(), sin.contiguous()
+
+    def _turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        step_kernels.turn(x, *turn)
+        return x
+
+    def _add_and_norm(self, states: Tensor, new: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        return states, step_kernels.add_and_norm(states, new, norm.weight, norm.variance_epsilon)
+
+    def _gated(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
+        return step_kernels.gate(gate, up)
+
+
+class KernelGroup:
+    """A `gircse.grouped_steps.StepGroup` whose keys and values lie in rows, without padding being read.
+
+    Args:
+        cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
+        mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
+        prefix: Of every layer, keys and values of what all prompts begin with and is not in the cache, (key-value
+            heads, P, d_head) each; may be empty.
+    """
+
+    def __init__(
+        self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor, prefix: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        self._cache, self._prefix = cache, prefix
+        self.rows, self._length = mask.shape
+        own = mask.sum(dim=1)  # (b,)
+        self._starts = self._length - own
+        self.positions = own.unsqueeze(1) + (prefix[0][0].shape[1] if prefix else 0)
+
+    def keep(self, rows: int) -> None:
+        """As `StepGroup.keep`."""
+        self._cache = [(keys[:rows], values[:rows]) for keys, values in self._cache]
+        self._starts, self.rows = self._starts[:rows], rows
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As `StepGroup.attend`."""
+        if index == 0:
+            self._length += 1
+        if not self.rows:
+            return query
+        prefix = self._prefix[index] if self._prefix else None
+        length = self._length - 1
+        return step_kernels.attend(query, key, value, self._cache[index], self._starts, length, scaling, prefix)

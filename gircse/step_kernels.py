@@ -1,0 +1,233 @@
+"""The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
+
+Knows tensors and the library that is made of ``step_kernels.cpp`` where there was a compiler when this package was
+installed; knows nothing of layers, texts or files. Without the library, or for another dtype or size, PyTorch's
+operations do the same, slower. docs/experiments.md has what it buys.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MOST_WIDTH = 256
+"""Of a head."""
+
+PANELS = 64, 48, 32, 16
+"""Outputs that oneDNN may pack together."""
+
+MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
+"""Rows up to which a product with packed weights is faster here than oneDNN's."""
+
+MOST_SOFT_TOKENS = {torch.bfloat16: 4, torch.float32: 16}
+"""Rows up to which a soft token is faster in one pass over the table than by two products and a softmax."""
+
+VERSION = 1
+"""Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
+
+_POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "attend": [_POINTER] * 9 + [_LONG] * 7 + [_FLOAT, _INT],
+    "turn": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
+    "norm": [_POINTER] * 3 + [_FLOAT] + [_LONG] * 2 + [_POINTER, _INT],
+    "gate": [_POINTER] * 2 + [_LONG, _POINTER, _INT],
+    "multiply": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "soft_tokens": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _FLOAT, _POINTER, _INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What was compiled for this processor; None where nothing was, or ``GIRCSE_STEP_KERNELS`` is 0."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = find_spec(f"gircse._step_kernels_{capability.lower()}") if capability in ("AVX512", "AVX2") else None
+    if found is None or found.origin is None or os.environ.get("GIRCSE_STEP_KERNELS") == "0":
+        return None
+    try:
+        loaded = ctypes.CDLL(found.origin)  # after torch, whose OpenMP and threads it shares
+        if loaded.version() != VERSION:
+            return None
+    except (OSError, AttributeError):  # made for another system, or before there were versions
+        return None
+    for name, types in _ARGUMENTS.items():
+        for dtype in ("float32", "bfloat16"):
+            function = getattr(loaded, f"{name}_{dtype}")
+            function.argtypes, function.restype = types, None
+    return loaded
+
+
+def _lanes() -> int:
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
+
+def serves(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether there are kernels for a dtype on this machine, and all sizes are multiples of what its vectors hold."""
+    return library() is not None and dtype in (torch.float32, torch.bfloat16) and not any(n % _lanes() for n in sizes)
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
+    getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")(*arguments, torch.get_num_threads())
+
+
+def _check(first: Tensor, *others: Tensor) -> None:
+    """The kernels read memory, whatever it is."""
+    assert all(x.is_contiguous() and x.dtype == first.dtype for x in (first, *others))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: tuple[Tensor, Tensor],
+    starts: Tensor,
+    length: int,
+    scaling: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Write a position into a cache, and attend to all positions of it from one query a head.
+
+    Args:
+        query: (B, heads, d_head), contiguous, as are all.
+        key: (B, key-value heads, d_head), of the new position.
+        value: Likewise.
+        cache: Keys and values, (B, key-value heads, capacity, d_head); the new ones are written.
+        starts: (B,) int64: the first position of each row that is no padding.
+        length: Positions that are there already.
+        scaling: Of scores.
+        prefix: Keys and values, (key-value heads, P, d_head), that stand before those of every row.
+
+    Returns:
+        (B, heads, d_head).
+    """
+    keys, values = cache
+    batch, shared, capacity, width = keys.shape
+    assert length < capacity, "more positions than the cache was made for"
+    first, second = prefix or (keys[0, :, :0], values[0, :, :0])
+    parts = (query, key, value, keys, values, starts, first, second)
+    _check(*(part for part in parts if part is not starts and part.numel()))
+    out = torch.empty_like(query)
+    pointers = [part.data_ptr() for part in (*parts, out)]
+    sizes = batch, query.shape[1], shared, width, capacity, length, first.shape[1]
+    _call("attend", query.dtype, *pointers, *sizes, scaling)
+    return out
+
+
+def turn(x: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Rotary positions, in place.
+
+    Args:
+        x: (B, heads, d_head), contiguous.
+        cosines: (B, d_head) float32, contiguous.
+        sines: Likewise.
+    """
+    _check(x)
+    _check(cosines, sines)
+    _call("turn", x.dtype, x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *x.shape)
+
+
+def add_and_norm(x: Tensor, more: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+    """Add to x, in place, and give the RMS norm of the sum.
+
+    Args:
+        x: (B, d), contiguous.
+        more: Likewise, or None for nothing.
+        weight: (d,).
+        epsilon: Added to the mean of x².
+
+    Returns:
+        (B, d).
+    """
+    _check(x, weight, *(() if more is None else (more,)))
+    out = torch.empty_like(x)
+    added = None if more is None else more.data_ptr()
+    _call("norm", x.dtype, x.data_ptr(), added, weight.data_ptr(), epsilon, *x.shape, out.data_ptr())
+    return out
+
+
+def gate(x: Tensor, up: Tensor) -> Tensor:
+    """silu(x) · up, of two contiguous tensors."""
+    _check(x, up)
+    out = torch.empty_like(x)
+    _call("gate", x.dtype, x.data_ptr(), up.data_ptr(), x.numel(), out.data_ptr())
+    return out
+
+
+@cache
+def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: int) -> int | None:
+    """How many outputs oneDNN packs together in a weight of this size; None where it is not as `multiply` reads it.
+
+    It may pack as it likes, so this looks: a random matrix is packed and compared with what is expected.
+
+    Args:
+        out_features: Of the weight, (out, in).
+        in_features: Likewise.
+        dtype: Of the weight.
+        rows: What oneDNN is told that products will have.
+    """
+    if not serves(dtype, in_features) or not hasattr(torch.ops.mkldnn, "data_ptr"):
+        return None
+    matrix = torch.randn(out_features, in_features).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(matrix, rows)
+    if torch.ops.mkldnn._nbytes(packed) != matrix.nbytes:
+        return None
+    content = (ctypes.c_char * matrix.nbytes).from_address(torch.ops.mkldnn.data_ptr(packed))
+    found = torch.frombuffer(content, dtype=dtype)
+    pair = 2 if dtype == torch.bfloat16 else 1
+    for panel in PANELS:
+        if out_features % panel == 0 and in_features % pair == 0:
+            expected = matrix.view(-1, panel, in_features // pair, pair).transpose(1, 2)
+            if torch.equal(found, expected.flatten()):
+                return panel
+    return None
+
+
+def multiply(x: Tensor, address: int, panel: int, bias: Tensor | None, out_features: int) -> Tensor:
+    """x·Wᵀ + b with W as oneDNN packs it.
+
+    Args:
+        x: (B, in), contiguous.
+        address: Of the packed weight.
+        panel: Its `panel_width`.
+        bias: (out,) or None.
+        out_features: Outputs of W.
+
+    Returns:
+        (B, out).
+    """
+    _check(x)
+    out = x.new_empty(len(x), out_features)
+    offset = None if bias is None else bias.data_ptr()
+    _call("multiply", x.dtype, x.data_ptr(), *x.shape, address, panel, offset, out_features, out.data_ptr())
+    return out
+
+
+def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
+    """softmax(scale · h·Eᵀ) · E (GIRCSE, section 3.1), reading the table once.
+
+    Args:
+        hidden: h, (B, d), contiguous.
+        table: E, (V, d), contiguous: the head as well.
+        scale: Factor on the logits, 1/T included.
+
+    Returns:
+        (B, d).
+    """
+    hidden = hidden.contiguous()
+    _check(hidden, table)
+    out = torch.empty_like(hidden)
+    _call(
+        "soft_tokens",
+        hidden.dtype,
+        hidden.data_ptr(),
+        *hidden.shape,
+        table.data_ptr(),
+        len(table),
+        scale,
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,381 @@
+"""Compiled kernels: each against PyTorch's operations, and whole models against the recompute loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from torch import Tensor
+from torch.nn import functional as F
+
+import gircse
+from gircse import refiner, soft_tokens, step_kernels
+from gircse.decoders import Decoder
+from gircse.kernel_steps import KernelSteps, takes_kernels
+from gircse.norms import frugal_norm, use_fused_norms
+from gircse.packed_linear import PackedLinear, packs_in_place
+from gircse.packed_weights import ROWS_PACKED_FOR
+from gircse.refiner import PromptReading, recompute_states, refine
+from tests.tiny import instructed_batch, random_batch, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16]
+LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,  # of larger weights rounding grows tenfold with every step
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def config(make: type, **changes: Any) -> Any:
+    """Of a tiny decoder whose sizes the kernels take."""
+    return make(**{**SIZES, **changes})
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: config(tf.LlamaConfig),
+    "biases": lambda: config(tf.LlamaConfig, attention_bias=True, mlp_bias=True),
+    "own-heads": lambda: config(tf.LlamaConfig, num_key_value_heads=4, tie_word_embeddings=False),
+    "many-queries": lambda: config(tf.LlamaConfig, hidden_size=96, num_attention_heads=6, num_key_value_heads=1),
+    "mistral": lambda: config(tf.MistralConfig, sliding_window=None),
+    "qwen2": lambda: config(tf.Qwen2Config),
+    "qwen3": lambda: config(tf.Qwen3Config, head_dim=32),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test with each library that was compiled and that this processor runs."""
+    if "compiled" in metafunc.fixturenames:
+        metafunc.parametrize("compiled", ["AVX512", "AVX2"], indirect=True)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in ("AVX512", "AVX2") or (request.param == "AVX512" and own == "AVX2"):
+        pytest.skip(f"this processor has {own}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    step_kernels.library.cache_clear()
+    if step_kernels.library() is None:
+        pytest.skip("nothing was compiled at installation")
+    yield request.param
+    monkeypatch.undo()
+    step_kernels.library.cache_clear()
+
+
+def kernel_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder of random weights whose sizes the kernels take."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name or "bias" in name:  # all ones and zeros at first
+            weight.data.uniform_(0.5, 1.5)
+    use_fused_norms(model)
+    return Decoder.from_model(model.to(dtype))
+
+
+def recomputed(*args: Any, **options: Any) -> Tensor:
+    """States of the recompute loop, by PyTorch's operations alone."""
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_kernels, "serves", lambda *_: False)
+        return recompute_states(*args, **options)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a prompt pass, a step and a soft token were computed by kernels."""
+    counts = {"prompts": 0, "steps": 0, "soft tokens": 0}
+    prompts, step, soft = refiner.prompt_states, KernelSteps.next_states, step_kernels.soft_tokens
+
+    def count(name: str, function: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **options)
+
+        return counted
+
+    monkeypatch.setattr(refiner, "prompt_states", count("prompts", prompts))
+    monkeypatch.setattr(KernelSteps, "next_states", count("steps", step))
+    monkeypatch.setattr(step_kernels, "soft_tokens", count("soft tokens", soft))
+    return counts
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"), reason="another processor")
+def test_installation_compiles_where_there_is_a_compiler() -> None:
+    """Without this test, one with a mistake in its source would leave all others skipped."""
+    import shutil
+    import sysconfig
+
+    if shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    folder = Path(gircse.__file__).parent
+    for kind in ("avx512", "avx2"):
+        assert any((folder / f"_step_kernels_{kind}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    assert step_kernels.library() is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("shared", [0, 7])
+def test_states_equal_the_recompute_loop(
+    family: str, two_sided: bool, shared: int, compiled: str, taken: dict[str, int]
+) -> None:
+    decoder = kernel_model(family)
+    ids, mask = random_batch(LENGTHS, side="right")
+    ids[:6, :shared] = ids[0, :shared].clone()  # six rows begin alike: an instruction
+    reading = PromptReading("bidirectional", mean=True) if two_sided else refiner.CAUSAL
+    expected = recomputed(decoder, ids, mask, num_steps=5, temperature=0.7, reading=reading)
+    with torch.no_grad():
+        states = refine(decoder, ids, mask, num_steps=5, temperature=0.7, prompt_tokens=40, reading=reading)
+        alone = refine(decoder, ids, mask, num_steps=0, prompt_tokens=40, reading=reading)
+    tied = family != "own-heads"
+    assert taken["steps"] == 5
+    assert taken["soft tokens"] == (5 if tied else 0)
+    assert taken["prompts"] >= 4
+    assert relative_error(states, expected) <= 1e-4
+    assert relative_error(alone[:, 0], expected[:, 0]) <= 1e-4
+    assert relative_error(states[:, -1], states[:, 1]) > 1e-2, "steps differ"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9),
+    shared=st.integers(0, 12),
+    own=st.lists(st.integers(0, 5), min_size=9, max_size=9),
+    prompt_tokens=st.none() | st.integers(1, 120),
+    side=st.sampled_from(["left", "right"]),
+    padding=st.sampled_from([0, 512]),
+)
+def test_any_layout_gives_the_states_of_the_recompute_loop(
+    lengths: list[int], shared: int, own: list[int], prompt_tokens: int | None, side: str, padding: int
+) -> None:
+    decoder = kernel_model()
+    if not takes_kernels(decoder):
+        pytest.skip("nothing was compiled at installation")
+    ids, mask = instructed_batch(lengths, shared, side=side)
+    own = own[: len(lengths)]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refiner, "DECODE_PADDING", padding)
+        expected = recomputed(decoder, ids, mask, num_steps=max(own))
+        states = refine(decoder, ids, mask, num_steps=own, prompt_tokens=prompt_tokens)
+    for row, steps in enumerate(own):
+        assert relative_error(states[row, : steps + 1], expected[row, : steps + 1]) <= 1e-4
+        assert not states[row, steps + 1 :].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "own-heads", "qwen3"])
+def test_bfloat16_is_no_farther_from_float32_than_without(family: str, compiled: str, taken: dict[str, int]) -> None:
+    ids, mask = instructed_batch(LENGTHS, 6, side="left")
+    exact = recomputed(kernel_model(family), ids, mask, num_steps=5)
+    with torch.no_grad():
+        decoder = kernel_model(family, torch.bfloat16)
+        states = refine(decoder, ids, mask, num_steps=5, prompt_tokens=60)
+        assert taken["steps"] == 5
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_kernels, "serves", lambda *_: False)
+            without = refine(decoder, ids, mask, num_steps=5, prompt_tokens=60)
+    assert states.dtype == torch.bfloat16
+    assert relative_error(states, exact) <= 1.5 * relative_error(without, exact)
+
+
+def test_room_without_numbers_is_never_read(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = kernel_model()
+    ids, mask = instructed_batch(LENGTHS, 5, side="left")
+    with torch.no_grad():
+        expected = refine(decoder, ids, mask, num_steps=3, prompt_tokens=60)
+        new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+        nan = float("nan")
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(nan))
+        monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(nan))
+        assert torch.equal(refine(decoder, ids, mask, num_steps=3, prompt_tokens=60), expected)
+
+
+def test_what_kernels_do_not_compute_is_left_to_pytorch(compiled: str, taken: dict[str, int]) -> None:
+    batch = random_batch(LENGTHS)
+    decoder = kernel_model()
+    assert takes_kernels(decoder)
+    layer: Any = decoder.transformer.get_submodule("layers.1")
+    activation, layer.mlp.act_fn = layer.mlp.act_fn, torch.nn.GELU()
+    assert not takes_kernels(decoder)
+    layer.mlp.act_fn = activation
+    own, layer.input_layernorm = layer.input_layernorm, torch.nn.LayerNorm(64)
+    assert not takes_kernels(decoder)
+    layer.input_layernorm = own
+    assert not takes_kernels(kernel_model(dtype=torch.float16))
+    calls: list[int] = []
+    hook = layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        refine(decoder, *batch, num_steps=2)
+    assert len(calls) == 3
+    hook.remove()
+    refine(decoder, *batch, num_steps=2)  # with gradients
+    assert taken["prompts"] == taken["steps"] == 0
+
+
+def test_a_library_of_another_source_is_not_used(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_kernels.library.cache_clear()
+    monkeypatch.setattr(step_kernels, "VERSION", step_kernels.VERSION + 1)
+    assert step_kernels.library() is None
+    assert not step_kernels.serves(torch.float32, 64)
+
+
+def test_an_environment_variable_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_kernels.library.cache_clear()
+    monkeypatch.setenv("GIRCSE_STEP_KERNELS", "0")
+    assert step_kernels.library() is None
+    assert not takes_kernels(kernel_model())
+    monkeypatch.undo()
+    step_kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "shared", "width"), [(9, 3, 64), (5, 1, 128), (4, 4, 96), (6, 1, 256), (2, 1, 16)])
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_attention(heads: int, shared: int, width: int, prefix_length: int, dtype: torch.dtype, compiled: str) -> None:
+    torch.manual_seed(0)
+    rows, capacity, length = 3, 40, 37
+    keys, values = (torch.randn(rows, shared, capacity, width).to(dtype) for _ in range(2))
+    query, key, value = (torch.randn(rows, n, width).to(dtype) for n in (heads, shared, shared))
+    prefix = torch.randn(shared, prefix_length, width).to(dtype), torch.randn(shared, prefix_length, width).to(dtype)
+    starts = torch.tensor([0, 37, 20])
+    seen = torch.arange(length + 1) >= starts.unsqueeze(1)  # (rows, length + 1)
+    both = [
+        torch.cat([first.expand(rows, -1, -1, -1), own[:, :, :length], new.unsqueeze(2)], dim=2).float()
+        for first, own, new in zip(prefix, (keys, values), (key, value), strict=True)
+    ]
+    mask = torch.cat([torch.ones(rows, prefix_length, dtype=torch.bool), seen], dim=1)[:, None, None]
+    expected = F.scaled_dot_product_attention(
+        query.float().unsqueeze(2), *both, attn_mask=mask, scale=0.2, enable_gqa=True
+    ).squeeze(2)
+    found = step_kernels.attend(query, key, value, (keys, values), starts, length, 0.2, prefix)
+    assert relative_error(found, expected) <= TOLERANCE[dtype]
+    assert torch.equal(keys[:, :, length], key)
+    assert torch.equal(values[:, :, length], value)
+    with pytest.raises(AssertionError, match="more positions"):
+        step_kernels.attend(query, key, value, (keys, values), starts, capacity, 0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_positions_norms_and_gates(rows: int, dtype: torch.dtype, compiled: str) -> None:
+    torch.manual_seed(0)
+    x, angles = torch.randn(rows, 9, 64).to(dtype), torch.randn(rows, 64)
+    cos, sin = angles.cos(), angles.sin()
+    half = torch.cat([-x[..., 32:], x[..., :32]], dim=-1).float()
+    expected = x.float() * cos.unsqueeze(1) + half * sin.unsqueeze(1)
+    step_kernels.turn(x, cos, sin)
+    assert relative_error(x, expected) <= TOLERANCE[dtype]
+
+    states, new = torch.randn(rows, 576).to(dtype), torch.randn(rows, 576).to(dtype)
+    weight, total = torch.rand(576).to(dtype), states + new
+    normed = step_kernels.add_and_norm(states, new, weight, 1e-5)
+    assert torch.equal(states, total), "added in place"
+    assert relative_error(normed, frugal_norm(total.float(), weight.float(), 1e-5)) <= TOLERANCE[dtype]
+    assert torch.equal(step_kernels.add_and_norm(states, None, weight, 1e-5), normed)
+    assert torch.equal(states, total)
+
+    gate, up = 30 * torch.randn(rows, 1536).to(dtype), torch.randn(rows, 1536).to(dtype)
+    gate[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -87.0])
+    assert relative_error(step_kernels.gate(gate, up), F.silu(gate.float()) * up.float()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 576), (97, 64), (3, 16)])
+def test_soft_tokens(rows: int, vocabulary: int, width: int, dtype: torch.dtype, compiled: str) -> None:
+    torch.manual_seed(0)
+    hidden, table = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+    hidden[-1] *= 30  # one word has all the weight
+    expected = (0.5 * hidden.float() @ table.float().T).softmax(dim=-1) @ table.float()
+    assert relative_error(step_kernels.soft_tokens(hidden, table, 0.5), expected) <= 3 * TOLERANCE[dtype]
+    hidden[0, 0] = float("nan")
+    assert step_kernels.soft_tokens(hidden, table, 0.5)[0].isnan().all()
+
+
+def test_a_soft_token_is_read_once_where_head_and_table_are_one(compiled: str, taken: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    vocabulary = kernel_model().vocabulary
+    few = step_kernels.MOST_SOFT_TOKENS[torch.float32]
+    hidden = torch.randn(few, 64)
+    with torch.no_grad():
+        expected = vocabulary.by_products(hidden, 0.6)
+        assert torch.equal(vocabulary.soft_token(hidden, 0.6), expected)
+        assert taken["soft tokens"] == 0
+        assert relative_error(vocabulary.soft_token(hidden, 0.6, compiled=True), expected) <= 1e-6
+        assert taken["soft tokens"] == 1
+        vocabulary.soft_token(torch.randn(few + 1, 64), compiled=True)
+        kernel_model("own-heads").vocabulary.soft_token(hidden, compiled=True)
+        capped = soft_tokens.Vocabulary(vocabulary.head, vocabulary.embedding, logit_cap=3.0)
+        capped.soft_token(hidden, compiled=True)
+    assert taken["soft tokens"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("out", "width"), [(192, 64), (64, 576)])
+def test_products_with_packed_weights(
+    out: int, width: int, bias: bool, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs_in_place(dtype) or not step_kernels.panel_width(out, width, dtype, ROWS_PACKED_FOR):
+        pytest.skip("oneDNN packs otherwise on this processor")
+    torch.manual_seed(0)
+    weight, offset = torch.randn(out, width), torch.randn(out) if bias else None
+    layer, x = PackedLinear(weight, offset, dtype=dtype), torch.randn(rows, width).to(dtype)
+    calls: list[int] = []
+    multiply = step_kernels.multiply
+    monkeypatch.setattr(step_kernels, "multiply", lambda *args: calls.append(1) or multiply(*args))
+    exact = F.linear(x.float(), weight.to(dtype).float(), None if offset is None else offset.to(dtype).float())
+    assert relative_error(layer(x), exact) <= TOLERANCE[dtype]
+    assert relative_error(layer(x.unsqueeze(1)).squeeze(1), exact) <= TOLERANCE[dtype]
+    assert calls == [1, 1]
+    layer(torch.randn(step_kernels.MOST_PRODUCT_ROWS[dtype] + 1, width).to(dtype))
+    assert calls == [1, 1]
+
+
+def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What oneDNN makes of a matrix is looked at, not assumed."""
+    if not packs_in_place(torch.float32):
+        pytest.skip("no packed weights on this processor")
+    assert step_kernels.panel_width(33, 48, torch.float32, ROWS_PACKED_FOR) is None, "no whole panels"
+    monkeypatch.setattr(
+        step_kernels, "PANELS", (16,) if step_kernels.panel_width(64, 64, torch.float32, 1) != 16 else ()
+    )
+    assert step_kernels.panel_width(64, 80, torch.float32, ROWS_PACKED_FOR) is None
+    layer = PackedLinear(torch.randn(64, 80), dtype=torch.float32)
+    x = torch.randn(2, 80)
+    assert relative_error(layer(x), x @ layer.matrix().T) <= 1e-5
+    step_kernels.panel_width.cache_clear()
+
+
+def test_several_threads_at_once(compiled: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    decoder = kernel_model()
+    batches = [random_batch([5 + i, 9, 3], seed=i) for i in range(8)]
+
+    def states(batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return refine(decoder, *batch, num_steps=4)
+
+    expected = [states(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for one, other in zip(pool.map(states, batches), expected, strict=True):
+                assert torch.equal(one, other)
