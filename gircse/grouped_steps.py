@@ -157,15 +157,18 @@ class GroupedSteps:
     def _attention(self, module: Any, index: int, states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """(B, d), of the layer with this index."""
         projected = products(states, module.q_proj, module.k_proj, module.v_proj)
-        query, key, value = (x.view(len(states), -1, module.head_dim) for x in projected)  # (B, heads, d_head)
+        batch = states.shape[0]
+        query, key, value = (x.view(batch, -1, module.head_dim) for x in projected)  # (B, heads, d_head)
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
         query, key = self._turned(query, turn), self._turned(key, turn)
-        rows = [group.rows for group in self._groups]
-        parts = zip(self._groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
-        mixed = [group.attend(index, q, k, v, module.scaling) for group, q, k, v in parts]
-        together = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-        return products(together.view(len(states), -1), module.o_proj)[0]
+        if len(self._groups) == 1:
+            mixed = self._groups[0].attend(index, query, key, value, module.scaling)
+        else:
+            rows = [group.rows for group in self._groups]
+            parts = zip(self._groups, query.split(rows), key.split(rows), value.split(rows), strict=True)
+            mixed = torch.cat([group.attend(index, q, k, v, module.scaling) for group, q, k, v in parts])
+        return products(mixed.view(batch, -1), module.o_proj)[0]
 
 
 class DecodeGroup:

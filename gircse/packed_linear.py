@@ -64,7 +64,7 @@ class PackedLinear(FrozenLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if self._panel and len(rows) <= step_kernels.MOST_PRODUCT_ROWS[self.dtype]:
+        if self._panel and rows.shape[0] <= step_kernels.MOST_PRODUCT_ROWS[self.dtype]:
             out = step_kernels.multiply(rows.contiguous(), self._address, self._panel, self.bias, self.out_features)
         else:
             out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -70,13 +71,22 @@ def serves(dtype: torch.dtype, *sizes: int) -> bool:
     return library() is not None and dtype in (torch.float32, torch.bfloat16) and not any(n % _lanes() for n in sizes)
 
 
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
 def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
-    getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")(*arguments, torch.get_num_threads())
+    _function(name, dtype)(*arguments, torch.get_num_threads())
 
 
 def _check(first: Tensor, *others: Tensor) -> None:
     """The kernels read memory, whatever it is."""
-    assert all(x.is_contiguous() and x.dtype == first.dtype for x in (first, *others))
+    dtype = first.dtype
+    assert first.is_contiguous()
+    for x in others:
+        assert x.is_contiguous()
+        assert x.dtype == dtype
 
 
 def attend(
@@ -109,7 +119,9 @@ def attend(
     assert length < capacity, "more positions than the cache was made for"
     first, second = prefix or (keys[0, :, :0], values[0, :, :0])
     parts = (query, key, value, keys, values, starts, first, second)
-    _check(*(part for part in parts if part is not starts and part.numel()))
+    _check(query, key, value, keys, values)
+    if prefix is not None:
+        _check(query, first, second)
     out = torch.empty_like(query)
     pointers = [part.data_ptr() for part in (*parts, out)]
     sizes = batch, query.shape[1], shared, width, capacity, length, first.shape[1]
@@ -200,7 +212,7 @@ def multiply(x: Tensor, address: int, panel: int, bias: Tensor | None, out_featu
         (B, out).
     """
     _check(x)
-    out = x.new_empty(len(x), out_features)
+    out = x.new_empty(x.shape[0], out_features)
     offset = None if bias is None else bias.data_ptr()
     _call("multiply", x.dtype, x.data_ptr(), *x.shape, address, panel, offset, out_features, out.data_ptr())
     return out

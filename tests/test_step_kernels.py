@@ -59,6 +59,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
+def forget() -> None:
+    """Which library there is, and its functions."""
+    step_kernels.library.cache_clear()
+    step_kernels._function.cache_clear()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test with each library that was compiled and that this processor runs."""
     if "compiled" in metafunc.fixturenames:
@@ -71,12 +77,12 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if own not in ("AVX512", "AVX2") or (request.param == "AVX512" and own == "AVX2"):
         pytest.skip(f"this processor has {own}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    step_kernels.library.cache_clear()
+    forget()
     if step_kernels.library() is None:
         pytest.skip("nothing was compiled at installation")
     yield request.param
     monkeypatch.undo()
-    step_kernels.library.cache_clear()
+    forget()
 
 
 def kernel_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Decoder:
@@ -229,19 +235,19 @@ def test_what_kernels_do_not_compute_is_left_to_pytorch(compiled: str, taken: di
 
 
 def test_a_library_of_another_source_is_not_used(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_kernels.library.cache_clear()
+    forget()
     monkeypatch.setattr(step_kernels, "VERSION", step_kernels.VERSION + 1)
     assert step_kernels.library() is None
     assert not step_kernels.serves(torch.float32, 64)
 
 
 def test_an_environment_variable_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    step_kernels.library.cache_clear()
+    forget()
     monkeypatch.setenv("GIRCSE_STEP_KERNELS", "0")
     assert step_kernels.library() is None
     assert not takes_kernels(kernel_model())
     monkeypatch.undo()
-    step_kernels.library.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
