@@ -71,7 +71,9 @@ def _hardware() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "dtype": f"{str(dtype).removeprefix('torch.')}, for {reason}; --dtype chooses another",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "compiled kernels": "yes" if library() is not None else "no, so a CPU is slower; made at installation where there is g++",
+        "compiled kernels": "yes"
+        if library() is not None
+        else "no, so a CPU is slower; made at installation where there is g++",
     }
 
 
