@@ -14,6 +14,7 @@ import pytest
 from peft import LoraConfig
 
 import gircse.cli
+from gircse import step_kernels
 from gircse.cli.common import quiet_libraries
 from gircse.model import GIRCSE
 
@@ -82,6 +83,10 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "smollm2-135m" in facts["backbones"]
     _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
     assert "model" not in json.loads(out)
+    for found, told in ((object(), "yes"), (None, "no, so")):
+        monkeypatch.setattr(step_kernels, "library", lambda found=found: found)
+        _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
+        assert json.loads(out)["hardware"]["compiled kernels"].startswith(told)
 
 
 @pytest.mark.parametrize(

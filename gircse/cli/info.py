@@ -66,14 +66,13 @@ def _hardware() -> dict[str, str]:
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    without = "no, so a CPU is slower; made at installation where there is g++"
     return {
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),
         "dtype": f"{str(dtype).removeprefix('torch.')}, for {reason}; --dtype chooses another",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "compiled kernels": "yes"
-        if library() is not None
-        else "no, so a CPU is slower; made at installation where there is g++",
+        "compiled kernels": "yes" if library() is not None else without,
     }
 
 
