@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -19,7 +20,10 @@ from gircse.norms import is_fused
 
 
 def takes_kernels(decoder: Decoder) -> bool:
-    """Whether the kernels compute all that `GroupedSteps` does of a decoder that it takes."""
+    """Whether the kernels compute all that `GroupedSteps` does of a decoder that it takes.
+
+    Never in training: a pass without gradients, as gradient caching begins with, has to round as the one with them.
+    """
     transformer: Any = decoder.transformer
     layers = list(transformer.layers)
     width = layers[0].self_attn.head_dim
@@ -28,7 +32,8 @@ def takes_kernels(decoder: Decoder) -> bool:
     norms = [transformer.norm, *(layer.input_layernorm for layer in layers)]
     norms += [layer.post_attention_layernorm for layer in layers]
     return (
-        step_kernels.serves(dtype, *sizes)
+        not (transformer.training or torch.is_grad_enabled())
+        and step_kernels.serves(dtype, *sizes)
         and width <= step_kernels.MOST_WIDTH
         and all(isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in layers)
         and all(is_fused(norm) and norm.weight.dtype == dtype for norm in norms)

@@ -334,7 +334,7 @@ def _prompt_pass(
 ) -> Tensor:
     """h_0 of a group's rows, (b, d); fills the cache."""
     use_cache = keep or bool(prompt.prefix)
-    if takes_groups(decoder) and not torch.is_grad_enabled() and takes_kernels(decoder):
+    if takes_groups(decoder) and takes_kernels(decoder):
         two_sided = reading.attention == "bidirectional"
         options = {"two_sided": two_sided, "last_alone": not reading.mean}
         states = prompt_states(decoder, prompt.ids, prompt.mask, cache if use_cache else None, **options)

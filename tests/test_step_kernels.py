@@ -172,7 +172,7 @@ def test_any_layout_gives_the_states_of_the_recompute_loop(
     lengths: list[int], shared: int, own: list[int], prompt_tokens: int | None, side: str, padding: int
 ) -> None:
     decoder = kernel_model()
-    if not takes_kernels(decoder):
+    if step_kernels.library() is None:
         pytest.skip("nothing was compiled at installation")
     ids, mask = instructed_batch(lengths, shared, side=side)
     own = own[: len(lengths)]
@@ -212,9 +212,8 @@ def test_room_without_numbers_is_never_read(compiled: str, monkeypatch: pytest.M
         assert torch.equal(refine(decoder, ids, mask, num_steps=3, prompt_tokens=60), expected)
 
 
-def test_what_kernels_do_not_compute_is_left_to_pytorch(compiled: str, taken: dict[str, int]) -> None:
-    batch = random_batch(LENGTHS)
-    decoder = kernel_model()
+def leave_what_they_do_not_know(decoder: Decoder) -> None:
+    """Another activation, norm or dtype."""
     assert takes_kernels(decoder)
     layer: Any = decoder.transformer.get_submodule("layers.1")
     activation, layer.mlp.act_fn = layer.mlp.act_fn, torch.nn.GELU()
@@ -224,13 +223,26 @@ def test_what_kernels_do_not_compute_is_left_to_pytorch(compiled: str, taken: di
     assert not takes_kernels(decoder)
     layer.input_layernorm = own
     assert not takes_kernels(kernel_model(dtype=torch.float16))
+
+
+def test_what_kernels_do_not_compute_is_left_to_pytorch(compiled: str, taken: dict[str, int]) -> None:
+    batch = random_batch(LENGTHS)
+    decoder = kernel_model()
+    assert not takes_kernels(decoder), "gradients are on"
+    with torch.no_grad():
+        leave_what_they_do_not_know(decoder)
+    layer: Any = decoder.transformer.get_submodule("layers.1")
     calls: list[int] = []
     hook = layer.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         refine(decoder, *batch, num_steps=2)
     assert len(calls) == 3
     hook.remove()
-    refine(decoder, *batch, num_steps=2)  # with gradients
+    with_gradients = refine(decoder, *batch, num_steps=2)
+    decoder.transformer.train()
+    with torch.no_grad():  # as gradient caching begins
+        assert torch.equal(refine(decoder, *batch, num_steps=2), with_gradients)
+        assert torch.equal(refine(decoder, *batch, num_steps=0)[:, 0], with_gradients[:, 0])
     assert taken["prompts"] == taken["steps"] == 0
 
 
@@ -245,7 +257,8 @@ def test_an_environment_variable_switches_them_off(monkeypatch: pytest.MonkeyPat
     forget()
     monkeypatch.setenv("GIRCSE_STEP_KERNELS", "0")
     assert step_kernels.library() is None
-    assert not takes_kernels(kernel_model())
+    with torch.no_grad():
+        assert not takes_kernels(kernel_model())
     monkeypatch.undo()
     forget()
 
