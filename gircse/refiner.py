@@ -198,8 +198,7 @@ def _refine_in_groups(
     else:  # those with the most steps first: rows then leave at the end of their group, and nothing is copied
         joined = [[prompt.ordered_by(lambda row: -own_steps[row])] for prompt in prompts]
     order = [[row for prompt in group for row in prompt.rows] for group in joined]
-    group_of = _kernel_group if kernels else _decode_group
-    made = [group_of(decoder, group, prefixes, num_steps, dtype, reading) for group in joined]
+    made = [_decode_group(decoder, group, prefixes, num_steps, dtype, reading, kernels=kernels) for group in joined]
     groups, state = [group for _, group in made], torch.cat([first for first, _ in made])
     steps = KernelSteps(decoder, groups) if kernels else GroupedSteps(decoder, groups)
     rows = torch.tensor([row for members in order for row in members])
@@ -222,39 +221,25 @@ def _decode_group(
     num_steps: int,
     dtype: torch.dtype,
     reading: PromptReading,
-) -> tuple[Tensor, DecodeGroup]:
+    *,
+    kernels: bool,
+) -> tuple[Tensor, DecodeGroup | KernelGroup]:
     """h_0 of the prompts of one group, (b, d), and what their soft tokens attend to."""
     count, prefix = sum(len(prompt.rows) for prompt in prompts), cache_tensors(prefixes[prompts[0].prefix])
-    apart = bool(prefix) and count * prefix[0][0].numel() > COPIED_PREFIX
-    products = apart or count > FEW_ROWS.get(dtype, 0)
+    apart = bool(prefix) and (kernels or count * prefix[0][0].numel() > COPIED_PREFIX)
+    products = not kernels and (apart or count > FEW_ROWS.get(dtype, 0))
     masks = [prompt.own_mask if apart else prompt.mask for prompt in prompts]
     longest, layers = masks[0].shape[1], _count_layers(decoder)
     room = JoinedPrompts(count, longest, num_steps, dtype, layers, for_products=products, prefix_apart=apart)
     first, _ = _run_prompts(decoder, prompts, prefixes, room, reading, keep=True)
     mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+    if kernels:
+        whole = [(keys[0].contiguous(), values[0].contiguous()) for keys, values in prefix]
+        return first, KernelGroup(room.buffers(), mask, whole)
     if not products:
         return first, DecodeGroup(room.buffers(), mask)
     shared = [(keys[0].mT.to(dtype).contiguous(), values[0].to(dtype)) for keys, values in prefix if apart]
     return first, ProductsDecodeGroup(room.buffers(), mask, shared)
-
-
-def _kernel_group(
-    decoder: Decoder,
-    prompts: Sequence[PromptGroup],
-    prefixes: Mapping[tuple[int, ...], DynamicCache],
-    num_steps: int,
-    dtype: torch.dtype,
-    reading: PromptReading,
-) -> tuple[Tensor, KernelGroup]:
-    """As `_decode_group`, for compiled kernels, which read a prefix where it lies."""
-    count, prefix = sum(len(prompt.rows) for prompt in prompts), cache_tensors(prefixes[prompts[0].prefix])
-    masks = [prompt.own_mask for prompt in prompts]
-    longest = masks[0].shape[1]
-    room = JoinedPrompts(count, longest, num_steps, dtype, _count_layers(decoder), prefix_apart=True)
-    first, _ = _run_prompts(decoder, prompts, prefixes, room, reading, keep=True)
-    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
-    shared = [(keys[0].to(dtype).contiguous(), values[0].to(dtype).contiguous()) for keys, values in prefix]
-    return first, KernelGroup(room.buffers(), mask, shared)
 
 
 def _refine_in_training(
