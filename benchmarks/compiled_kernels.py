@@ -1,4 +1,4 @@
-"""`encode` with and without compiled kernels, in turn in one process, medians.
+"""`encode` with and without compiled kernels, and with all but those for AMX, in turn in one process, medians.
 
     python benchmarks/compiled_kernels.py --data DATA/eval
     python benchmarks/compiled_kernels.py --data DATA/eval --dtype float32 -o FILE
@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -38,23 +38,35 @@ TEXTS = {
 
 
 @contextmanager
-def without_kernels() -> Iterator[None]:
-    """PyTorch's operations alone."""
-    none = dict.fromkeys(step_kernels.MOST_PRODUCT_ROWS, 0)
-    with (
-        mock.patch.object(step_kernels, "serves", return_value=False),
-        mock.patch.object(step_kernels, "MOST_PRODUCT_ROWS", none),
-    ):
+def kernels(which: str) -> Iterator[None]:
+    """All of them, those that need no AMX, or PyTorch's operations alone."""
+    with ExitStack() as stack:
+        if which != "all":
+            stack.enter_context(mock.patch.object(step_kernels, "matrix_library", return_value=None))
+        if which == "none":
+            none = dict.fromkeys(step_kernels.MOST_PRODUCT_ROWS, 0)
+            stack.enter_context(mock.patch.object(step_kernels, "serves", return_value=False))
+            stack.enter_context(mock.patch.object(step_kernels, "MOST_PRODUCT_ROWS", none))
+        forget()
         yield
+    forget()
 
 
-def measure(model: GIRCSE, texts: list[str], prompt: str | None, repeats: int) -> dict[int, dict[str, list[float]]]:
-    """Seconds of every round, by K, with and without; the first round does not count."""
-    times: dict[int, dict[str, list[float]]] = {steps: {"with": [], "without": []} for steps in STEPS}
+def forget() -> None:
+    """Which functions a dtype has."""
+    for function in (step_kernels._matrix_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens):
+        function.cache_clear()
+
+
+def measure(
+    model: GIRCSE, texts: list[str], prompt: str | None, ways: list[str], repeats: int
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of every round, by K and kernels; the first round does not count."""
+    times: dict[int, dict[str, list[float]]] = {steps: {which: [] for which in ways} for steps in STEPS}
     for round_ in range(repeats + 1):
         for steps, found in times.items():
-            for how, seconds in found.items():
-                with nullcontext() if how == "with" else without_kernels():
+            for which, seconds in found.items():
+                with kernels(which):
                     started = time.perf_counter()
                     model.encode(texts, prompt=prompt, num_steps=steps)
                 if round_:
@@ -74,14 +86,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if step_kernels.library() is None:
         parser.error("no kernels were compiled for this machine; install gircse where there is a C++ compiler")
+    by_matrix = arguments.dtype == "bfloat16" and step_kernels.matrix_library() is not None
+    ways = ["all", "without AMX", "none"] if by_matrix else ["all", "none"]
     model = GIRCSE(dtype=getattr(torch, arguments.dtype)).pack_weights()
     title = f"Seconds of encode in {arguments.dtype}, medians of {arguments.repeats}"
-    table = Table("texts", "K", "with kernels", "without", "ratio", "to K = 5", "without", title=title)
+    table = Table("texts", "K", *ways, *(f"{which} to none" for which in ways[:-1]), title=title)
+    table.add_column("to K = 5")
     entries = []
     for name in arguments.texts:
         mix, count = TEXTS[name]
         prompt = None if mix == "long" else model.format_instruction(INSTRUCTION)
-        times = measure(model, read_mix(arguments.data, mix, count), prompt, arguments.repeats)
+        times = measure(model, read_mix(arguments.data, mix, count), prompt, ways, arguments.repeats)
         for steps, found in times.items():
             seconds = {how: statistics.median(values) for how, values in found.items()}
             paired = {
@@ -91,9 +106,9 @@ def main() -> None:
             entries.append(
                 {"texts": name, "count": count, "num_steps": steps, "seconds": seconds, "to_five_steps": paired}
             )
-            ratio = seconds["with"] / seconds["without"]
-            numbers = f"{seconds['with']:.3f}", f"{seconds['without']:.3f}", f"{ratio:.2f}"
-            table.add_row(name, str(steps), *numbers, *(f"{value:.2f}" for value in paired.values()))
+            numbers = [f"{value:.3f}" for value in seconds.values()]
+            numbers += [f"{seconds[which] / seconds['none']:.2f}" for which in ways[:-1]]
+            table.add_row(name, str(steps), *numbers, f"{paired['all']:.2f}")
     Console().print(table)
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": arguments.dtype}
     arguments.output.write_text(json.dumps({"machine": machine, "entries": entries}, indent=1) + "\n")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gircse.attention import ATTENTION, attend_single_queries, multiply_single_queries
 from gircse.decoders import Decoder
+from gircse.packed_linear import PackedLinear
 
 LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The transformers classes whose layers `GroupedSteps` computes, all with rotary positions and RMS norms."""
@@ -236,4 +237,7 @@ class ProductsDecodeGroup(DecodeGroup):
 def products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """What linear layers make of the same rows; at once, where they have a way to (`gircse.train.fused_lora`)."""
     together = vars(layers[0]).get("forward_together")
-    return [layer(x) for layer in layers] if together is None else together(x, layers)
+    if together is not None:
+        return together(x, layers)
+    packed = [layer for layer in layers if type(layer) is PackedLinear]
+    return PackedLinear.products(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]

@@ -6,6 +6,7 @@ number of rows and can be unpacked without loss, so nothing needs the ordinary o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -40,7 +41,7 @@ class PackedLinear(FrozenLinear):
 
     kind = "packed weights"
     dtype: torch.dtype
-    opaque = ("_packed", "_panel", "_address")
+    opaque = ("_packed", "_place")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
         super().__init__(weight, None if bias is None else bias.to(dtype))
@@ -49,8 +50,11 @@ class PackedLinear(FrozenLinear):
 
     def _keep(self, matrix: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_PACKED_FOR)
-        self._panel = step_kernels.panel_width(*matrix.shape, self.dtype, ROWS_PACKED_FOR)
-        self._address = torch.ops.mkldnn.data_ptr(self._packed) if self._panel else 0
+        self._place: step_kernels.PackedMatrix | None = None
+        panel = step_kernels.panel_width(*matrix.shape, self.dtype, ROWS_PACKED_FOR)
+        if panel is not None:
+            address = torch.ops.mkldnn.data_ptr(self._packed)
+            self._place = step_kernels.PackedMatrix(address, panel, self.out_features)
 
     def matrix(self) -> Tensor:
         """W, (out, in)."""
@@ -64,11 +68,34 @@ class PackedLinear(FrozenLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if self._panel and rows.shape[0] <= step_kernels.MOST_PRODUCT_ROWS[self.dtype]:
-            out = step_kernels.multiply(rows.contiguous(), self._address, self._panel, self.bias, self.out_features)
+        if self._place is not None and rows.shape[0] <= step_kernels.most_product_rows(self.dtype, self.in_features):
+            out = step_kernels.multiply(rows.contiguous(), (self._place,), (self.bias,))[0]
         else:
             out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
         return out.view(*x.shape[:-1], self.out_features)
+
+    @staticmethod
+    def products(x: Tensor, layers: Sequence[PackedLinear]) -> list[Tensor]:
+        """Those of the same rows with several layers of one size of input: in one call where each would be a kernel's.
+
+        Args:
+            x: (B, in).
+            layers: As many as are wanted.
+
+        Returns:
+            (B, out) of each.
+        """
+        first = layers[0]
+        few = x.dim() == 2 and x.shape[0] <= step_kernels.most_product_rows(first.dtype, first.in_features)
+        if not (few and all(layer.joins() for layer in layers)):
+            return [layer(x) for layer in layers]
+        first._check(x)
+        weights = [layer._place for layer in layers if layer._place is not None]
+        return step_kernels.multiply(x.contiguous(), weights, [layer.bias for layer in layers])
+
+    def joins(self) -> bool:
+        """Whether `products` may compute this layer's product without calling it."""
+        return self._place is not None and not (self._forward_hooks or self._forward_pre_hooks)
 
 
 class TableLinear(nn.Linear):

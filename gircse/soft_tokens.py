@@ -119,7 +119,7 @@ class Vocabulary:
             and self.logit_cap is None
             and table.is_contiguous()
             and step_kernels.serves(hidden.dtype, hidden.shape[-1])
-            and len(hidden) <= step_kernels.MOST_SOFT_TOKENS[hidden.dtype]
+            and len(hidden) <= step_kernels.most_soft_tokens(hidden.dtype, hidden.shape[-1])
         )
 
     def by_products(self, hidden: Tensor, temperature: float) -> Tensor:

@@ -6,92 +6,20 @@
 //
 // Vectors are the compiler's own, so no instruction is named. It is compiled for AVX-512 and for AVX2 (pyproject.toml).
 
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <omp.h>
 
-// Inlined, so that counts that are known where it is called are constants in it.
-#define INLINE static inline __attribute__((always_inline))
+#include "step_kernels.h"
 
 namespace
 {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16; // numbers of a vector
-#else
-constexpr int LANES = 8;
-#endif
 constexpr int MOST_WIDTH = 256; // of a head
 constexpr int MOST_CHUNKS = MOST_WIDTH / LANES;
 constexpr int TILE = 4;   // queries, or rows of a product, that are computed together
 constexpr int WORDS = 64; // of the vocabulary that are computed together
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-INLINE floats load(const float *from)
-{
-    floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-INLINE floats load(const bfloat16 *from)
-{
-    halves x;
-    memcpy(&x, from, sizeof x);
-    return (floats)(__builtin_convertvector(x, words) << 16);
-}
-
-INLINE void store(floats x, float *to)
-{
-    memcpy(to, &x, sizeof x);
-}
-
-INLINE void store(floats x, bfloat16 *to) // to the nearest, ties to even; NaN stays NaN
-{
-    words bits = (words)x;
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    rounded = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
-    halves narrow = __builtin_convertvector(rounded, halves);
-    memcpy(to, &narrow, sizeof narrow);
-}
-
-INLINE float sum(floats x)
-{
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++)
-        total += x[lane];
-    return total;
-}
-
-// e^x as in Cephes' expf, to 2e-7 of it; what is below -87 counts as -87, what is above 88 as 88.
-INLINE floats exponential(floats x)
-{
-    x = x < -87.0f ? floats{} - 87.0f : x;
-    x = x > 88.0f ? floats{} + 88.0f : x;
-    floats scaled = x * 1.44269504f;
-    integers power = __builtin_convertvector(scaled + (scaled < 0.0f ? floats{} - 0.5f : floats{} + 0.5f), integers);
-    floats whole = __builtin_convertvector(power, floats);
-    floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    return y * (floats)((power + 127) << 23);
-}
 
 INLINE long rounded_up(long n)
 {
@@ -304,10 +232,7 @@ template <typename T> void gate_all(const T *gate, const T *up, long n, T *out, 
         gate_part(gate + i * part, up + i * part, n - i * part < part ? n - i * part : part, out + i * part);
 }
 
-// ---- Products of few rows with weights as oneDNN packs them ----
-//
-// Outputs lie in panels: (panels, in, PANEL) in float32, and in bfloat16 (panels, in / 2, PANEL, 2), two inputs that
-// follow each other side by side.
+// ---- Products of few rows with packed weights ----
 
 template <int ROWS, int VECTORS>
 INLINE void multiply_panel(const float *x, long in, const float *panel, const float *bias, long stride, float *out)
@@ -360,18 +285,19 @@ INLINE void multiply_rows(const float *x, long rows, long in, const T *panel, co
     }
 }
 
-template <typename T>
-INLINE void multiply_job(const float *x, long rows, long in, const T *panel, long width, const T *bias, long stride,
-                         T *out)
+template <typename T> INLINE void multiply_job(const float *x, long rows, long in, const Panel<T> &panel)
 {
-    if (width == 64)
-        multiply_rows<64 / LANES>(x, rows, in, panel, bias, stride, out);
-    else if (width == 48)
-        multiply_rows<48 / LANES>(x, rows, in, panel, bias, stride, out);
-    else if (width == 32)
-        multiply_rows<32 / LANES>(x, rows, in, panel, bias, stride, out);
+    const Product<T> &of = *panel.of;
+    const T *packed = of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
+    T *out = of.out + panel.first;
+    if (of.panel == 64)
+        multiply_rows<64 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    else if (of.panel == 48)
+        multiply_rows<48 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    else if (of.panel == 32)
+        multiply_rows<32 / LANES>(x, rows, in, packed, bias, of.outputs, out);
     else
-        multiply_rows<16 / LANES>(x, rows, in, panel, bias, stride, out);
+        multiply_rows<16 / LANES>(x, rows, in, packed, bias, of.outputs, out);
 }
 
 template <typename T> std::vector<float> widened(const T *x, long n)
@@ -383,14 +309,13 @@ template <typename T> std::vector<float> widened(const T *x, long n)
 }
 
 template <typename T>
-void multiply_all(const T *x, long rows, long in, const T *packed, long panel, const T *bias, long out_features, T *out,
-                  int threads)
+void multiply_all(const T *x, long rows, long in, const Product<T> *products, long count, int threads)
 {
     const std::vector<float> wide = widened(x, rows * in);
+    const std::vector<Panel<T>> panels = panels_of(products, count);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long first = 0; first < out_features; first += panel)
-        multiply_job(wide.data(), rows, in, packed + first * in, panel, bias ? bias + first : nullptr, out_features,
-                     out + first);
+    for (long i = 0; i < (long)panels.size(); i++)
+        multiply_job(wide.data(), rows, in, panels[i]);
 }
 
 // ---- The soft token: softmax(h·Eᵀ) · E, with one pass over the table ----
@@ -517,10 +442,10 @@ void soft_tokens(const T *hidden, long rows, long width, const T *table, long vo
     {                                                                                                                  \
         gate_all(gate, up, n, out, threads);                                                                           \
     }                                                                                                                  \
-    extern "C" void multiply_##DTYPE(const T *x, int64_t rows, int64_t in, const T *packed, int64_t panel,             \
-                                     const T *bias, int64_t out_features, T *out, int threads)                         \
+    extern "C" void multiply_##DTYPE(const T *x, int64_t rows, int64_t in, const void *products, int64_t count,        \
+                                     int threads)                                                                      \
     {                                                                                                                  \
-        multiply_all(x, rows, in, packed, panel, bias, out_features, out, threads);                                    \
+        multiply_all(x, rows, in, (const Product<T> *)products, count, threads);                                       \
     }                                                                                                                  \
     extern "C" void soft_tokens_##DTYPE(const T *hidden, int64_t rows, int64_t width, const T *table,                  \
                                         int64_t vocabulary, float scale, T *out, int threads)                          \
@@ -528,9 +453,9 @@ void soft_tokens(const T *hidden, long rows, long width, const T *table, long vo
         soft_tokens(hidden, rows, width, table, vocabulary, scale, out, threads);                                      \
     }
 
-extern "C" int version() // of these calls, as in step_kernels.py
+extern "C" int version()
 {
-    return 1;
+    return VERSION;
 }
 
 ENTRIES(float32, float)

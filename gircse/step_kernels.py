@@ -1,15 +1,18 @@
 """The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
 
-Knows tensors and the library that is made of ``step_kernels.cpp`` where there was a compiler when this package was
-installed; knows nothing of layers, texts or files. Without the library, or for another dtype or size, PyTorch's
-operations do the same, slower. docs/experiments.md has what it buys.
+Knows tensors and the libraries that are made of ``step_kernels.cpp`` and, for processors with AMX,
+``matrix_kernels.cpp`` where there was a compiler when this package was installed; knows nothing of layers, texts or
+files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower. docs/experiments.md
+has what it buys.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -28,16 +31,24 @@ MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
 MOST_SOFT_TOKENS = {torch.bfloat16: 4, torch.float32: 16}
 """Rows up to which a soft token is faster in one pass over the table than by two products and a softmax."""
 
-VERSION = 1
+MOST_MATRIX_ROWS = 192
+"""As `MOST_PRODUCT_ROWS`, of bfloat16 with AMX. Soft tokens are always faster there."""
+
+MATRIX_INPUTS = 32
+"""Of a product with AMX, at once."""
+
+VERSION = 2
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
 
+_DTYPES = torch.float32, torch.bfloat16
+_DTYPES = torch.float32, torch.bfloat16
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "attend": [_POINTER] * 9 + [_LONG] * 7 + [_FLOAT, _INT],
     "turn": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
     "norm": [_POINTER] * 3 + [_FLOAT] + [_LONG] * 2 + [_POINTER, _INT],
     "gate": [_POINTER] * 2 + [_LONG, _POINTER, _INT],
-    "multiply": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "multiply": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _INT],
     "soft_tokens": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _FLOAT, _POINTER, _INT],
 }
 
@@ -46,7 +57,20 @@ _ARGUMENTS = {
 def library() -> ctypes.CDLL | None:
     """What was compiled for this processor; None where nothing was, or ``GIRCSE_STEP_KERNELS`` is 0."""
     capability = torch.backends.cpu.get_cpu_capability()
-    found = find_spec(f"gircse._step_kernels_{capability.lower()}") if capability in ("AVX512", "AVX2") else None
+    return _load(f"_step_kernels_{capability.lower()}", _DTYPES) if capability in ("AVX512", "AVX2") else None
+
+
+@cache
+def matrix_library() -> ctypes.CDLL | None:
+    """What was compiled for AMX, where this processor has it and the system lets it be used; None as of `library`."""
+    has = library() is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (has and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
+        return None
+    return _load("_matrix_kernels", (torch.bfloat16,))
+
+
+def _load(name: str, dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
+    found = find_spec(f"gircse.{name}")
     if found is None or found.origin is None or os.environ.get("GIRCSE_STEP_KERNELS") == "0":
         return None
     try:
@@ -55,11 +79,15 @@ def library() -> ctypes.CDLL | None:
             return None
     except (OSError, AttributeError):  # made for another system, or before there were versions
         return None
-    for name, types in _ARGUMENTS.items():
-        for dtype in ("float32", "bfloat16"):
-            function = getattr(loaded, f"{name}_{dtype}")
-            function.argtypes, function.restype = types, None
+    for call, types in _ARGUMENTS.items():
+        for dtype in dtypes:
+            if (function := getattr(loaded, _entry(call, dtype), None)) is not None:
+                function.argtypes, function.restype = types, None
     return loaded
+
+
+def _entry(call: str, dtype: torch.dtype) -> str:
+    return f"{call}_{str(dtype).removeprefix('torch.')}"
 
 
 def _lanes() -> int:
@@ -68,16 +96,30 @@ def _lanes() -> int:
 
 def serves(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether there are kernels for a dtype on this machine, and all sizes are multiples of what its vectors hold."""
-    return library() is not None and dtype in (torch.float32, torch.bfloat16) and not any(n % _lanes() for n in sizes)
+    return library() is not None and dtype in _DTYPES and not any(n % _lanes() for n in sizes)
 
 
 @cache
 def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    return getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    return getattr(library(), _entry(name, dtype))
+
+
+@cache
+def _matrix_function(name: str, dtype: torch.dtype, inputs: int) -> Callable[..., None] | None:
+    """That of `matrix_library`, if it takes them; otherwise None."""
+    serves = dtype == torch.bfloat16 and inputs % MATRIX_INPUTS == 0 and matrix_library() is not None
+    return getattr(matrix_library(), _entry(name, dtype)) if serves else None
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
     _function(name, dtype)(*arguments, torch.get_num_threads())
+
+
+def _call_products(name: str, x: Tensor, *arguments: float | None) -> None:
+    """`_call` with the rows that are multiplied, (B, in); by the tiles of AMX where there are any."""
+    dtype, (rows, inputs) = x.dtype, x.shape
+    function = _matrix_function(name, dtype, inputs) or _function(name, dtype)
+    function(x.data_ptr(), rows, inputs, *arguments, torch.get_num_threads())
 
 
 def _check(first: Tensor, *others: Tensor) -> None:
@@ -198,31 +240,61 @@ def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: i
     return None
 
 
-def multiply(x: Tensor, address: int, panel: int, bias: Tensor | None, out_features: int) -> Tensor:
-    """x·Wᵀ + b with W as oneDNN packs it.
+@cache
+def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
+    """Rows of so many inputs up to which `multiply` is faster than oneDNN."""
+    return MOST_PRODUCT_ROWS[dtype] if _matrix_function("multiply", dtype, inputs) is None else MOST_MATRIX_ROWS
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Where a weight lies as oneDNN packs it.
+
+    Attributes:
+        address: Of its first number.
+        panel: Its `panel_width`.
+        outputs: How many it has.
+    """
+
+    address: int
+    panel: int
+    outputs: int
+
+
+def multiply(x: Tensor, weights: Sequence[PackedMatrix], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x·Wᵀ + b of several weights.
 
     Args:
         x: (B, in), contiguous.
-        address: Of the packed weight.
-        panel: Its `panel_width`.
-        bias: (out,) or None.
-        out_features: Outputs of W.
+        weights: W, each (out, in).
+        biases: b, (out,), of each; None for nothing.
 
     Returns:
-        (B, out).
+        (B, out) of each.
     """
-    _check(x)
-    out = x.new_empty(x.shape[0], out_features)
-    offset = None if bias is None else bias.data_ptr()
-    _call("multiply", x.dtype, x.data_ptr(), *x.shape, address, panel, offset, out_features, out.data_ptr())
-    return out
+    _check(x, *(bias for bias in biases if bias is not None))
+    rows = x.shape[0]
+    outs = [x.new_empty(rows, weight.outputs) for weight in weights]
+    fields: list[int] = []  # of `Product` in step_kernels.h
+    for weight, bias, out in zip(weights, biases, outs, strict=True):
+        offset = 0 if bias is None else bias.data_ptr()
+        fields += weight.address, offset, out.data_ptr(), weight.panel, weight.outputs
+    products = (_LONG * len(fields))(*fields)
+    _call_products("multiply", x, ctypes.addressof(products), len(outs))
+    return outs
+
+
+@cache
+def most_soft_tokens(dtype: torch.dtype, width: int) -> float:
+    """Rows up to which `soft_tokens` is faster than two products and a softmax."""
+    return MOST_SOFT_TOKENS[dtype] if _matrix_function("soft_tokens", dtype, width) is None else math.inf
 
 
 def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
     """softmax(scale · h·Eᵀ) · E (GIRCSE, section 3.1), reading the table once.
 
     Args:
-        hidden: h, (B, d), contiguous.
+        hidden: h, (B, d).
         table: E, (V, d), contiguous: the head as well.
         scale: Factor on the logits, 1/T included.
 
@@ -232,14 +304,5 @@ def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
     hidden = hidden.contiguous()
     _check(hidden, table)
     out = torch.empty_like(hidden)
-    _call(
-        "soft_tokens",
-        hidden.dtype,
-        hidden.data_ptr(),
-        *hidden.shape,
-        table.data_ptr(),
-        len(table),
-        scale,
-        out.data_ptr(),
-    )
+    _call_products("soft_tokens", hidden, table.data_ptr(), len(table), scale, out.data_ptr())
     return out

@@ -83,10 +83,16 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "smollm2-135m" in facts["backbones"]
     _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
     assert "model" not in json.loads(out)
-    for found, told in ((object(), "yes"), (None, "no, so")):
+    for found, matrices, told in (
+        (object(), object(), "yes, for AMX too"),
+        (object(), None, "yes"),
+        (None, None, "no, so"),
+    ):
         monkeypatch.setattr(step_kernels, "library", lambda found=found: found)
+        monkeypatch.setattr(step_kernels, "matrix_library", lambda found=matrices: found)
         _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
         assert json.loads(out)["hardware"]["compiled kernels"].startswith(told)
+        assert ("AMX" in told) == ("AMX" in json.loads(out)["hardware"]["compiled kernels"])
 
 
 @pytest.mark.parametrize(

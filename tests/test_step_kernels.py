@@ -61,24 +61,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def forget() -> None:
     """Which library there is, and its functions."""
-    step_kernels.library.cache_clear()
-    step_kernels._function.cache_clear()
+    cached: list[Any] = [
+        step_kernels.library,
+        step_kernels.matrix_library,
+        step_kernels._function,
+        step_kernels.panel_width,
+    ]
+    cached += [step_kernels._matrix_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens]
+    for function in cached:
+        function.cache_clear()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test with each library that was compiled and that this processor runs."""
     if "compiled" in metafunc.fixturenames:
-        metafunc.parametrize("compiled", ["AVX512", "AVX2"], indirect=True)
+        metafunc.parametrize("compiled", ["AMX", "AVX512", "AVX2"], indirect=True)
 
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    own = torch.backends.cpu.get_cpu_capability()
-    if own not in ("AVX512", "AVX2") or (request.param == "AVX512" and own == "AVX2"):
+    own, wanted = torch.backends.cpu.get_cpu_capability(), "AVX2" if request.param == "AVX2" else "AVX512"
+    matrices = request.param == "AMX"
+    if own not in ("AVX512", "AVX2") or (wanted == "AVX512" and own == "AVX2"):
         pytest.skip(f"this processor has {own}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    if matrices and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: wanted)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
     forget()
-    if step_kernels.library() is None:
+    if (step_kernels.matrix_library() if matrices else step_kernels.library()) is None:
         pytest.skip("nothing was compiled at installation")
     yield request.param
     monkeypatch.undo()
@@ -131,8 +142,8 @@ def test_installation_compiles_where_there_is_a_compiler() -> None:
     if shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     folder = Path(gircse.__file__).parent
-    for kind in ("avx512", "avx2"):
-        assert any((folder / f"_step_kernels_{kind}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    for name in ("_step_kernels_avx512", "_step_kernels_avx2", "_matrix_kernels"):
+        assert any((folder / f"{name}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
     assert step_kernels.library() is not None
 
 
@@ -315,8 +326,8 @@ def test_positions_norms_and_gates(rows: int, dtype: torch.dtype, compiled: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 576), (97, 64), (3, 16)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 16, 33, 50])
+@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 576), (97, 64), (512, 96), (3, 16)])
 def test_soft_tokens(rows: int, vocabulary: int, width: int, dtype: torch.dtype, compiled: str) -> None:
     torch.manual_seed(0)
     hidden, table = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
@@ -346,26 +357,58 @@ def test_a_soft_token_is_read_once_where_head_and_table_are_one(compiled: str, t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 16, 33, 64])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("out", "width"), [(192, 64), (64, 576)])
+@pytest.mark.parametrize("width", [64, 576, 80])
 def test_products_with_packed_weights(
-    out: int, width: int, bias: bool, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    width: int, bias: bool, rows: int, dtype: torch.dtype, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not packs_in_place(dtype) or not step_kernels.panel_width(out, width, dtype, ROWS_PACKED_FOR):
-        pytest.skip("oneDNN packs otherwise on this processor")
+    outputs = 192, 64, 80  # in panels of 64, 32 and 16
+    if not packs_in_place(dtype):
+        pytest.skip("no packed weights on this processor")
     torch.manual_seed(0)
-    weight, offset = torch.randn(out, width), torch.randn(out) if bias else None
-    layer, x = PackedLinear(weight, offset, dtype=dtype), torch.randn(rows, width).to(dtype)
+    weights, offsets = [torch.randn(out, width) for out in outputs], [torch.randn(out) for out in outputs]
+    pairs = list(zip(weights, offsets if bias else [None] * 3, strict=True))
+    layers, x = [PackedLinear(*pair, dtype=dtype) for pair in pairs], torch.randn(rows, width).to(dtype)
+    layers = [layer for layer in layers if layer.joins()]
+    if not layers:
+        pytest.skip("oneDNN packs otherwise on this processor")
     calls: list[int] = []
     multiply = step_kernels.multiply
-    monkeypatch.setattr(step_kernels, "multiply", lambda *args: calls.append(1) or multiply(*args))
-    exact = F.linear(x.float(), weight.to(dtype).float(), None if offset is None else offset.to(dtype).float())
-    assert relative_error(layer(x), exact) <= TOLERANCE[dtype]
-    assert relative_error(layer(x.unsqueeze(1)).squeeze(1), exact) <= TOLERANCE[dtype]
-    assert calls == [1, 1]
-    layer(torch.randn(step_kernels.MOST_PRODUCT_ROWS[dtype] + 1, width).to(dtype))
-    assert calls == [1, 1]
+    monkeypatch.setattr(step_kernels, "multiply", lambda x, *args: calls.append(len(x)) or multiply(x, *args))
+    most = step_kernels.most_product_rows(dtype, width)
+    together = PackedLinear.products(x, layers)
+    assert len(calls) == (1 if rows <= most else 0)
+    for layer, found in zip(layers, together, strict=True):
+        offset = None if layer.bias is None else layer.bias.float()
+        exact = F.linear(x.float(), layer.matrix().float(), offset)
+        assert relative_error(found, exact) <= TOLERANCE[dtype]
+        assert torch.equal(layer(x), found)
+        assert torch.equal(layer(x.unsqueeze(1)).squeeze(1), found)
+    before = len(calls)
+    layers[0](torch.randn(most + 1, width).to(dtype))
+    assert len(calls) == before, "too many rows"
+    hooked: list[int] = []
+    layers[0].register_forward_hook(lambda *_: hooked.append(1))
+    PackedLinear.products(x, layers)
+    assert hooked == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("panel", step_kernels.PANELS)
+def test_every_width_of_panels(panel: int, dtype: torch.dtype, compiled: str) -> None:
+    """Whatever this processor's oneDNN packs."""
+    torch.manual_seed(0)
+    pair = 2 if dtype == torch.bfloat16 else 1
+    weights, x = [torch.randn(n * panel, 96).to(dtype) for n in (3, 1)], torch.randn(35, 96).to(dtype)
+    packed = [weight.view(-1, panel, 96 // pair, pair).transpose(1, 2).contiguous() for weight in weights]
+    places = [
+        step_kernels.PackedMatrix(one.data_ptr(), panel, n * panel) for one, n in zip(packed, (3, 1), strict=True)
+    ]
+    bias = torch.randn(panel).to(dtype)
+    first, second = step_kernels.multiply(x, places, [None, bias])
+    assert relative_error(first, x.float() @ weights[0].float().T) <= TOLERANCE[dtype]
+    assert relative_error(second, F.linear(x.float(), weights[1].float(), bias.float())) <= TOLERANCE[dtype]
 
 
 def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +416,7 @@ def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytes
     if not packs_in_place(torch.float32):
         pytest.skip("no packed weights on this processor")
     assert step_kernels.panel_width(33, 48, torch.float32, ROWS_PACKED_FOR) is None, "no whole panels"
+    step_kernels.panel_width.cache_clear()
     monkeypatch.setattr(
         step_kernels, "PANELS", (16,) if step_kernels.panel_width(64, 64, torch.float32, 1) != 16 else ()
     )
@@ -381,6 +425,19 @@ def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytes
     x = torch.randn(2, 80)
     assert relative_error(layer(x), x @ layer.matrix().T) <= 1e-5
     step_kernels.panel_width.cache_clear()
+
+
+def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
+    if step_kernels.matrix_library() is None:
+        pytest.skip("no AMX, or nothing was compiled for it")
+    assert step_kernels.most_product_rows(torch.bfloat16, 576) > step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
+    assert step_kernels.most_product_rows(torch.bfloat16, 48) == step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
+    assert step_kernels.most_product_rows(torch.float32, 576) == step_kernels.MOST_PRODUCT_ROWS[torch.float32]
+    hidden, table = torch.randn(300, 64).bfloat16(), torch.randn(700, 64).bfloat16()
+    expected = (hidden.float() @ table.float().T).softmax(dim=-1) @ table.float()
+    assert relative_error(step_kernels.soft_tokens(hidden, table, 1.0), expected) <= 6e-3
+    alone = torch.cat([step_kernels.soft_tokens(row, table, 1.0) for row in hidden[:40].split(1)])
+    assert torch.equal(step_kernels.soft_tokens(hidden, table, 1.0)[:40], alone), "a row depends on itself alone"
 
 
 def test_several_threads_at_once(compiled: str) -> None:

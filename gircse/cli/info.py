@@ -61,18 +61,19 @@ def _hardware() -> dict[str, str]:
     from sentence_transformers.util import get_device_name
 
     from gircse.hardware import fastest_dtype
-    from gircse.step_kernels import library
+    from gircse.step_kernels import library, matrix_library
 
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    kernels = "yes, for AMX too" if matrix_library() is not None else "yes"
     without = "no, so a CPU is slower; made at installation where there is g++"
     return {
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),
         "dtype": f"{str(dtype).removeprefix('torch.')}, for {reason}; --dtype chooses another",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "compiled kernels": "yes" if library() is not None else without,
+        "compiled kernels": kernels if library() is not None else without,
     }
 
 

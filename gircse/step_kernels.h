@@ -1,0 +1,113 @@
+// What both libraries of kernels are written with: vectors, and products of the same rows with several weights.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// Inlined, so that counts that are known where it is called are constants in it.
+#define INLINE static inline __attribute__((always_inline))
+
+namespace
+{
+
+constexpr int VERSION = 2; // of the calls, as in step_kernels.py
+
+#ifdef __AVX512F__
+constexpr int LANES = 16; // numbers of a vector
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+INLINE floats load(const float *from)
+{
+    floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE floats load(const bfloat16 *from)
+{
+    halves x;
+    memcpy(&x, from, sizeof x);
+    return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+INLINE void store(floats x, float *to)
+{
+    memcpy(to, &x, sizeof x);
+}
+
+INLINE words rounded(floats x) // to bfloat16, the upper half of each: to the nearest, ties to even; NaN stays NaN
+{
+    const words bits = (words)x;
+    return (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+INLINE void store(floats x, bfloat16 *to)
+{
+    halves narrow = __builtin_convertvector(rounded(x) >> 16, halves);
+    memcpy(to, &narrow, sizeof narrow);
+}
+
+INLINE float sum(floats x)
+{
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        total += x[lane];
+    return total;
+}
+
+// e^x as in Cephes' expf, to 2e-7 of it; what is below -87 counts as -87, what is above 88 as 88.
+INLINE floats exponential(floats x)
+{
+    x = x < -87.0f ? floats{} - 87.0f : x;
+    x = x > 88.0f ? floats{} + 88.0f : x;
+    floats scaled = x * 1.44269504f;
+    integers power = __builtin_convertvector(scaled + (scaled < 0.0f ? floats{} - 0.5f : floats{} + 0.5f), integers);
+    floats whole = __builtin_convertvector(power, floats);
+    floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    return y * (floats)((power + 127) << 23);
+}
+
+// ---- Products of rows with weights as oneDNN packs them ----
+//
+// Outputs lie in panels: (panels, in, PANEL) in float32, and in bfloat16 (panels, in / 2, PANEL, 2), two inputs that
+// follow each other side by side.
+
+template <typename T> struct Product {
+    const T *packed, *bias; // no bias where it is null
+    T *out;                 // (rows, outputs)
+    int64_t panel, outputs; // how many outputs lie together, and all
+};
+
+template <typename T> struct Panel {
+    const Product<T> *of;
+    long first; // output
+};
+
+template <typename T> std::vector<Panel<T>> panels_of(const Product<T> *products, long count)
+{
+    std::vector<Panel<T>> panels;
+    for (const Product<T> *of = products; of < products + count; of++)
+        for (long first = 0; first < of->outputs; first += of->panel)
+            panels.push_back({of, first});
+    return panels;
+}
+
+} // namespace
