@@ -17,6 +17,7 @@ from gircse import step_kernels
 from gircse.decoders import Decoder
 from gircse.grouped_steps import GroupedSteps
 from gircse.norms import is_fused
+from gircse.whole_steps import WholeStep, takes_whole_steps
 
 
 def takes_kernels(decoder: Decoder) -> bool:
@@ -41,10 +42,24 @@ def takes_kernels(decoder: Decoder) -> bool:
 
 
 class KernelSteps(GroupedSteps):
-    """As `GroupedSteps`, of a decoder that `takes_kernels`."""
+    """As `GroupedSteps`, of a decoder that `takes_kernels`.
+
+    Args:
+        decoder: Likewise.
+        groups: At least one. The rows of all of them, in this order, are the batch.
+    """
+
+    def __init__(self, decoder: Decoder, groups: Sequence[KernelGroup]) -> None:
+        super().__init__(decoder, groups)
+        rows = sum(group.rows for group in groups)
+        self._whole = WholeStep(decoder, groups) if takes_whole_steps(decoder, rows) else None
 
     def next_states(self, tokens: Tensor) -> Tensor:
         """As `GroupedSteps.next_states`."""
+        if self._whole is not None:
+            states = self._whole.next_states(tokens, self._turn(tokens))
+            self._positions = self._positions + 1
+            return states
         return super().next_states(tokens.clone())  # states are added to in place
 
     def _turn(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,28 +86,31 @@ class KernelGroup:
         mask: (b, N), 1 for the prompt's tokens in the cache and 0 for the padding before them.
         prefix: Of every layer, keys and values of what all prompts begin with and is not in the cache, (key-value
             heads, P, d_head) each; may be empty.
+
+    Attributes:
+        rows, starts, length, cache, prefix: As of `gircse.whole_steps.Rows`.
+        positions: (rows, 1): that of the first soft token.
     """
 
     def __init__(
         self, cache: Sequence[tuple[Tensor, Tensor]], mask: Tensor, prefix: Sequence[tuple[Tensor, Tensor]] = ()
     ) -> None:
-        self._cache, self._prefix = cache, prefix
-        self.rows, self._length = mask.shape
+        self.cache, self.prefix = cache, prefix
+        self.rows, self.length = mask.shape
         own = mask.sum(dim=1)  # (b,)
-        self._starts = self._length - own
+        self.starts = self.length - own
         self.positions = own.unsqueeze(1) + (prefix[0][0].shape[1] if prefix else 0)
 
     def keep(self, rows: int) -> None:
         """As `StepGroup.keep`."""
-        self._cache = [(keys[:rows], values[:rows]) for keys, values in self._cache]
-        self._starts, self.rows = self._starts[:rows], rows
+        self.cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
+        self.starts, self.rows = self.starts[:rows], rows
 
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """As `StepGroup.attend`."""
         if index == 0:
-            self._length += 1
+            self.length += 1
         if not self.rows:
             return query
-        prefix = self._prefix[index] if self._prefix else None
-        length = self._length - 1
-        return step_kernels.attend(query, key, value, self._cache[index], self._starts, length, scaling, prefix)
+        prefix = self.prefix[index] if self.prefix else None
+        return step_kernels.attend(query, key, value, self.cache[index], self.starts, self.length - 1, scaling, prefix)

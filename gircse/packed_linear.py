@@ -37,11 +37,15 @@ class PackedLinear(FrozenLinear):
         weight: W, (out, in).
         bias: b, (out,), or None.
         dtype: What W and b are kept in, and x has to be.
+
+    Attributes:
+        place: Where W lies, if that is as the compiled kernels read it.
     """
 
     kind = "packed weights"
     dtype: torch.dtype
-    opaque = ("_packed", "_place")
+    place: step_kernels.PackedMatrix | None
+    opaque = ("_packed", "place")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
         super().__init__(weight, None if bias is None else bias.to(dtype))
@@ -50,11 +54,11 @@ class PackedLinear(FrozenLinear):
 
     def _keep(self, matrix: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_PACKED_FOR)
-        self._place: step_kernels.PackedMatrix | None = None
+        self.place = None
         panel = step_kernels.panel_width(*matrix.shape, self.dtype, ROWS_PACKED_FOR)
         if panel is not None:
             address = torch.ops.mkldnn.data_ptr(self._packed)
-            self._place = step_kernels.PackedMatrix(address, panel, self.out_features)
+            self.place = step_kernels.PackedMatrix(address, panel, self.out_features)
 
     def matrix(self) -> Tensor:
         """W, (out, in)."""
@@ -68,8 +72,8 @@ class PackedLinear(FrozenLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if self._place is not None and rows.shape[0] <= step_kernels.most_product_rows(self.dtype, self.in_features):
-            out = step_kernels.multiply(rows.contiguous(), (self._place,), (self.bias,))[0]
+        if self.place is not None and rows.shape[0] <= step_kernels.most_product_rows(self.dtype, self.in_features):
+            out = step_kernels.multiply(rows.contiguous(), (self.place,), (self.bias,))[0]
         else:
             out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
         return out.view(*x.shape[:-1], self.out_features)
@@ -90,12 +94,12 @@ class PackedLinear(FrozenLinear):
         if not (few and all(layer.joins() for layer in layers)):
             return [layer(x) for layer in layers]
         first._check(x)
-        weights = [layer._place for layer in layers if layer._place is not None]
+        weights = [layer.place for layer in layers if layer.place is not None]
         return step_kernels.multiply(x.contiguous(), weights, [layer.bias for layer in layers])
 
     def joins(self) -> bool:
         """Whether `products` may compute this layer's product without calling it."""
-        return self._place is not None and not (self._forward_hooks or self._forward_pre_hooks)
+        return self.place is not None and not (self._forward_hooks or self._forward_pre_hooks)
 
 
 class TableLinear(nn.Linear):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -200,7 +200,7 @@ def _refine_in_groups(
     order = [[row for prompt in group for row in prompt.rows] for group in joined]
     made = [_decode_group(decoder, group, prefixes, num_steps, dtype, reading, kernels=kernels) for group in joined]
     groups, state = [group for _, group in made], torch.cat([first for first, _ in made])
-    steps = KernelSteps(decoder, groups) if kernels else GroupedSteps(decoder, groups)
+    steps = KernelSteps(decoder, cast("list[KernelGroup]", groups)) if kernels else GroupedSteps(decoder, groups)
     rows = torch.tensor([row for members in order for row in members])
     states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])
     states[rows, 0] = state

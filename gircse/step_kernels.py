@@ -1,9 +1,9 @@
 """The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
 
-Knows tensors and the libraries that are made of ``step_kernels.cpp`` and, for processors with AMX,
-``matrix_kernels.cpp`` where there was a compiler when this package was installed; knows nothing of layers, texts or
-files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower. docs/experiments.md
-has what it buys.
+Knows tensors and the libraries that are made of ``kernels/step_kernels.cpp`` and, for processors with AMX,
+``kernels/matrix_kernels.cpp`` where there was a compiler when this package was installed; knows nothing of layers,
+texts or files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower.
+docs/experiments.md has what it buys.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ MOST_MATRIX_ROWS = 192
 MATRIX_INPUTS = 32
 """Of a product with AMX, at once."""
 
-VERSION = 2
+VERSION = 3
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
 
 _DTYPES = torch.float32, torch.bfloat16
@@ -49,6 +50,7 @@ _ARGUMENTS = {
     "norm": [_POINTER] * 3 + [_FLOAT] + [_LONG] * 2 + [_POINTER, _INT],
     "gate": [_POINTER] * 2 + [_LONG, _POINTER, _INT],
     "multiply": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _INT],
+    "step": [_POINTER, _INT],
     "soft_tokens": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _FLOAT, _POINTER, _INT],
 }
 
@@ -275,13 +277,30 @@ def multiply(x: Tensor, weights: Sequence[PackedMatrix], biases: Sequence[Tensor
     _check(x, *(bias for bias in biases if bias is not None))
     rows = x.shape[0]
     outs = [x.new_empty(rows, weight.outputs) for weight in weights]
-    fields: list[int] = []  # of `Product` in step_kernels.h
+    fields: list[int] = []  # of `Product` in kernels/products.h
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         offset = 0 if bias is None else bias.data_ptr()
         fields += weight.address, offset, out.data_ptr(), weight.panel, weight.outputs
     products = (_LONG * len(fields))(*fields)
     _call_products("multiply", x, ctypes.addressof(products), len(outs))
     return outs
+
+
+@cache
+def multiply_address(dtype: torch.dtype, inputs: int) -> int | None:
+    """Of the compiled function behind `multiply`, for weights of so many inputs."""
+    function: Any = _matrix_function("multiply", dtype, inputs) or _function("multiply", dtype)
+    return ctypes.cast(function, _POINTER).value
+
+
+def step(dtype: torch.dtype, address: int) -> None:
+    """A soft token through all layers, as `gircse.whole_steps` describes it.
+
+    Args:
+        dtype: Of all weights and states.
+        address: Of a `Step` as in kernels/whole_step.h.
+    """
+    _call("step", dtype, address)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gircse
-from gircse import refiner, soft_tokens, step_kernels
+from gircse import kernel_steps, refiner, soft_tokens, step_kernels
 from gircse.decoders import Decoder
+from gircse.frozen_linear import freeze_linear_layers
 from gircse.kernel_steps import KernelSteps, takes_kernels
 from gircse.norms import frugal_norm, use_fused_norms
 from gircse.packed_linear import PackedLinear, packs_in_place
 from gircse.packed_weights import ROWS_PACKED_FOR
 from gircse.refiner import PromptReading, recompute_states, refine
+from gircse.whole_steps import WholeStep, takes_whole_steps
 from tests.tiny import instructed_batch, random_batch, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,6 +60,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: config(tf.Qwen2Config),
     "qwen3": lambda: config(tf.Qwen3Config, head_dim=32),
 }
+PACKED: dict[str, Callable[[], Any]] = {  # in whole panels of 64
+    "packed": lambda: config(
+        tf.LlamaConfig, hidden_size=128, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4
+    ),
+    "packed-biases": lambda: config(
+        tf.LlamaConfig, num_key_value_heads=4, intermediate_size=128, attention_bias=True, mlp_bias=True
+    ),
+    "packed-qwen3": lambda: config(tf.Qwen3Config, head_dim=32, intermediate_size=64),
+}
 
 
 def forget() -> None:
@@ -67,7 +79,12 @@ def forget() -> None:
         step_kernels._function,
         step_kernels.panel_width,
     ]
-    cached += [step_kernels._matrix_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens]
+    cached += [
+        step_kernels._matrix_function,
+        step_kernels.multiply_address,
+        step_kernels.most_product_rows,
+        step_kernels.most_soft_tokens,
+    ]
     for function in cached:
         function.cache_clear()
 
@@ -99,12 +116,21 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def kernel_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder of random weights whose sizes the kernels take."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    model = tf.AutoModelForCausalLM.from_config({**FAMILIES, **PACKED}[family](), dtype=torch.float32).eval()
     for name, weight in model.named_parameters():
         if "norm" in name or "bias" in name:  # all ones and zeros at first
             weight.data.uniform_(0.5, 1.5)
     use_fused_norms(model)
     return Decoder.from_model(model.to(dtype))
+
+
+def packed_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """One whose linear layers are packed, where this processor packs any as kernels read them."""
+    decoder = kernel_model(family, dtype)
+    if not packs_in_place(dtype) or not step_kernels.panel_width(64, 64, dtype, ROWS_PACKED_FOR):
+        pytest.skip("oneDNN packs otherwise on this processor")
+    freeze_linear_layers(decoder.transformer, partial(PackedLinear, dtype=dtype))
+    return decoder
 
 
 def recomputed(*args: Any, **options: Any) -> Tensor:
@@ -196,31 +222,93 @@ def test_any_layout_gives_the_states_of_the_recompute_loop(
         assert not states[row, steps + 1 :].any()
 
 
-@pytest.mark.parametrize("family", ["llama", "own-heads", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "own-heads", "qwen3", *PACKED])
 def test_bfloat16_is_no_farther_from_float32_than_without(family: str, compiled: str, taken: dict[str, int]) -> None:
     ids, mask = instructed_batch(LENGTHS, 6, side="left")
     exact = recomputed(kernel_model(family), ids, mask, num_steps=5)
     with torch.no_grad():
-        decoder = kernel_model(family, torch.bfloat16)
+        decoder = (packed_model if family in PACKED else kernel_model)(family, torch.bfloat16)
         states = refine(decoder, ids, mask, num_steps=5, prompt_tokens=60)
         assert taken["steps"] == 5
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step_kernels, "serves", lambda *_: False)
-            without = refine(decoder, ids, mask, num_steps=5, prompt_tokens=60)
+            without = refine(kernel_model(family, torch.bfloat16), ids, mask, num_steps=5, prompt_tokens=60)
     assert states.dtype == torch.bfloat16
     assert relative_error(states, exact) <= 1.5 * relative_error(without, exact)
 
 
-def test_room_without_numbers_is_never_read(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = kernel_model()
+@pytest.mark.parametrize("packed", [False, True])
+def test_room_without_numbers_is_never_read(packed: bool, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = packed_model("packed") if packed else kernel_model()
     ids, mask = instructed_batch(LENGTHS, 5, side="left")
     with torch.no_grad():
         expected = refine(decoder, ids, mask, num_steps=3, prompt_tokens=60)
         new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
         nan = float("nan")
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(nan))
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *args, **kw: empty(*args, **kw).fill_(nan))
         monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(nan))
         assert torch.equal(refine(decoder, ids, mask, num_steps=3, prompt_tokens=60), expected)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every step that was one call."""
+    rows: list[int] = []
+    step = WholeStep.next_states
+    monkeypatch.setattr(WholeStep, "next_states", lambda self, x, turn: rows.append(len(x)) or step(self, x, turn))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("shared", [0, 7])
+def test_a_step_in_one_call(
+    family: str, shared: int, dtype: torch.dtype, compiled: str, whole: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = packed_model(family, dtype)
+    monkeypatch.setattr(refiner, "DECODE_PADDING", 0)  # several groups
+    monkeypatch.setattr(step_kernels, "most_product_rows", lambda *_: 64)
+    ids, mask = instructed_batch(LENGTHS, shared, side="left")
+    own = [3, 0, 5, 5, 1, 4, 2, 5, 3, 3]
+    with torch.no_grad():
+        states = refine(decoder, ids, mask, num_steps=own, prompt_tokens=40)
+        assert whole == [9, 8, 7, 4, 3]
+        monkeypatch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
+        by_layers = refine(decoder, ids, mask, num_steps=own, prompt_tokens=40)
+        assert len(whole) == 5
+    if family != "packed-qwen3":  # whose norms of queries and keys are PyTorch's there
+        assert torch.equal(by_layers, states)
+    if dtype == torch.float32:
+        expected = recomputed(kernel_model(family), ids, mask, num_steps=5)
+        for row, steps in enumerate(own):
+            assert relative_error(states[row, : steps + 1], expected[row, : steps + 1]) <= 1e-4
+    assert all(not states[row, steps + 1 :].any() for row, steps in enumerate(own))
+
+
+def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list[int]) -> None:
+    decoder, batch = packed_model("packed"), random_batch(LENGTHS)
+    layers: Any = decoder.transformer.get_submodule("layers")
+    most = step_kernels.most_product_rows(torch.float32, 128)
+    with torch.no_grad():
+        assert takes_whole_steps(decoder, most)
+        assert not takes_whole_steps(decoder, most + 1)
+        refine(decoder, *batch, num_steps=2)
+        assert len(whole) == 2
+        hook = layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+        assert not takes_whole_steps(decoder, 1)
+        hook.remove()
+        own = layers[1].mlp.up_proj
+        layers[1].mlp.up_proj = torch.nn.Linear(128, 192)
+        assert not takes_whole_steps(decoder, 1)
+        layers[1].mlp.up_proj = own
+        assert takes_whole_steps(decoder, 1)
+        qwen = packed_model("packed-qwen3")
+        assert takes_whole_steps(qwen, 1)
+        qwen.transformer.get_submodule("layers.0.self_attn").q_norm = torch.nn.LayerNorm(32)
+        assert not takes_whole_steps(qwen, 1)
+    assert len(whole) == 2
 
 
 def leave_what_they_do_not_know(decoder: Decoder) -> None:

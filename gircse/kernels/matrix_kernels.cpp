@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#include "step_kernels.h"
+#include "products.h"
 
 namespace
 {

@@ -1,9 +1,8 @@
-// What both libraries of kernels are written with: vectors, and products of the same rows with several weights.
+// Vectors, which are the compiler's own: no instruction is named. What else the kernels are written with.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 // Inlined, so that counts that are known where it is called are constants in it.
 #define INLINE static inline __attribute__((always_inline))
@@ -11,13 +10,15 @@
 namespace
 {
 
-constexpr int VERSION = 2; // of the calls, as in step_kernels.py
+constexpr int VERSION = 3; // of the calls, as in step_kernels.py
 
 #ifdef __AVX512F__
 constexpr int LANES = 16; // numbers of a vector
 #else
 constexpr int LANES = 8;
 #endif
+
+constexpr int MOST_WIDTH = 256; // of a head
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -85,29 +86,35 @@ INLINE floats exponential(floats x)
     return y * (floats)((power + 127) << 23);
 }
 
-// ---- Products of rows with weights as oneDNN packs them ----
-//
-// Outputs lie in panels: (panels, in, PANEL) in float32, and in bfloat16 (panels, in / 2, PANEL, 2), two inputs that
-// follow each other side by side.
-
-template <typename T> struct Product {
-    const T *packed, *bias; // no bias where it is null
-    T *out;                 // (rows, outputs)
-    int64_t panel, outputs; // how many outputs lie together, and all
-};
-
-template <typename T> struct Panel {
-    const Product<T> *of;
-    long first; // output
-};
-
-template <typename T> std::vector<Panel<T>> panels_of(const Product<T> *products, long count)
+INLINE long rounded_up(long n)
 {
-    std::vector<Panel<T>> panels;
-    for (const Product<T> *of = products; of < products + count; of++)
-        for (long first = 0; first < of->outputs; first += of->panel)
-            panels.push_back({of, first});
-    return panels;
+    return (n + LANES - 1) / LANES * LANES;
+}
+
+INLINE float largest(float *scores, long n) // fills up the last vector with what no sum of exponentials will see
+{
+    for (long t = n; t < rounded_up(n); t++)
+        scores[t] = -1e30f;
+    floats most = load(scores);
+    for (long t = LANES; t < n; t += LANES) {
+        floats x = load(scores + t);
+        most = x > most ? x : most;
+    }
+    float found = most[0];
+    for (int lane = 1; lane < LANES; lane++)
+        found = most[lane] > found ? most[lane] : found;
+    return found;
+}
+
+INLINE float soften(float *scores, long n, float shift) // to e^(score - shift), in place; their sum
+{
+    floats total = {};
+    for (long t = 0; t < n; t += LANES) {
+        floats x = exponential(load(scores + t) - shift);
+        store(x, scores + t);
+        total += x;
+    }
+    return sum(total);
 }
 
 } // namespace

@@ -1,0 +1,94 @@
+// Products of few rows, for processors without AMX and for float32.
+#pragma once
+
+#include "products.h"
+#include "tiles.h"
+
+namespace
+{
+
+template <int ROWS, int VECTORS>
+INLINE void multiply_panel(const float *x, long in, const float *panel, const float *bias, long stride, float *out)
+{
+    floats total[ROWS][VECTORS];
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < ROWS; r++)
+            total[r][v] = bias ? load(bias + v * LANES) : floats{};
+    for (long k = 0; k < in; k++, panel += VECTORS * LANES)
+        for (int v = 0; v < VECTORS; v++) {
+            floats weights = load(panel + v * LANES);
+            for (int r = 0; r < ROWS; r++)
+                total[r][v] += x[r * in + k] * weights;
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            store(total[r][v], out + r * stride + v * LANES);
+}
+
+template <int ROWS, int VECTORS>
+INLINE void multiply_panel(const float *x, long in, const bfloat16 *panel, const bfloat16 *bias, long stride,
+                           bfloat16 *out)
+{
+    floats even[ROWS][VECTORS], odd[ROWS][VECTORS] = {};
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < ROWS; r++)
+            even[r][v] = bias ? load(bias + v * LANES) : floats{};
+    for (long k = 0; k < in; k += 2, panel += 2 * VECTORS * LANES)
+        for (int v = 0; v < VECTORS; v++) {
+            words pairs;
+            memcpy(&pairs, panel + 2 * v * LANES, sizeof pairs);
+            floats first = (floats)(pairs << 16), second = (floats)(pairs & 0xffff0000);
+            for (int r = 0; r < ROWS; r++) {
+                even[r][v] += x[r * in + k] * first;
+                odd[r][v] += x[r * in + k + 1] * second;
+            }
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            store(even[r][v] + odd[r][v], out + r * stride + v * LANES);
+}
+
+template <int VECTORS, typename T>
+INLINE void multiply_rows(const float *x, long rows, long in, const T *panel, const T *bias, long stride, T *out)
+{
+    for (long r = 0; r < rows; r += TILE, x += TILE * in, out += TILE * stride) {
+        by_tile(rows - r, [&](auto count) __attribute__((always_inline)) {
+            multiply_panel<count, VECTORS>(x, in, panel, bias, stride, out);
+        });
+    }
+}
+
+template <typename T> INLINE void multiply_job(const float *x, long rows, long in, const Panel<T> &panel)
+{
+    const Product<T> &of = *panel.of;
+    const T *packed = of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
+    T *out = of.out + panel.first;
+    if (of.panel == 64)
+        multiply_rows<64 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    else if (of.panel == 48)
+        multiply_rows<48 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    else if (of.panel == 32)
+        multiply_rows<32 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    else
+        multiply_rows<16 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+}
+
+template <typename T> std::vector<float> widened(const T *x, long n)
+{
+    std::vector<float> wide(n);
+    for (long i = 0; i < n; i += LANES)
+        store(load(x + i), wide.data() + i);
+    return wide;
+}
+
+template <typename T>
+void multiply_all(const T *x, long rows, long in, const Product<T> *products, long count, int threads)
+{
+    const std::vector<float> wide = widened(x, rows * in);
+    const std::vector<Panel<T>> panels = panels_of(products, count);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < (long)panels.size(); i++)
+        multiply_job(wide.data(), rows, in, panels[i]);
+}
+
+} // namespace
