@@ -71,29 +71,37 @@ class _Step(ctypes.Structure):
     ]
 
 
+# Parts of modules come from their dictionaries: `nn.Module.__getattr__` was half of what it costs to describe thirty
+# layers for every batch.
+
+
 def _norm(module: Any) -> _Norm:
-    return _Norm() if module is None else _Norm(module.weight.data_ptr(), module.variance_epsilon)
+    return _Norm() if module is None else _Norm(module._parameters["weight"].data_ptr(), module.variance_epsilon)
 
 
 def _product(layer: PackedLinear) -> _Product:
-    place = layer.place
+    place, bias = layer.place, layer._buffers["bias"]
     assert place is not None
-    return _Product(
-        place.address, None if layer.bias is None else layer.bias.data_ptr(), None, place.panel, place.outputs
-    )
+    return _Product(place.address, None if bias is None else bias.data_ptr(), None, place.panel, place.outputs)
 
 
-def _layer(layer: Any) -> _Layer:
-    attention = layer.self_attn
-    norms = layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+def _layer(layer: nn.Module) -> _Layer:
+    attention, norms = layer._modules["self_attn"], _norms(layer)
+    assert attention is not None
     made = _Layer(scaling=attention.scaling)
-    made.norms = (_Norm * 4)(*map(_norm, (*norms, layer.post_attention_layernorm)))
+    made.norms = (_Norm * 4)(*map(_norm, norms))
     made.products = (_Product * 7)(*map(_product, _linear(layer)))
     return made
 
 
-def _linear(layer: nn.Module) -> list[Any]:
-    return [getattr(getattr(layer, part), name) for part, names in LINEAR.items() for name in names]
+def _norms(layer: Any) -> tuple[Any, ...]:
+    """In the order of the kernels; queries and keys have none in most families."""
+    own, attention = layer._modules, layer._modules["self_attn"]._modules
+    return own["input_layernorm"], attention.get("q_norm"), attention.get("k_norm"), own["post_attention_layernorm"]
+
+
+def _linear(layer: Any) -> list[Any]:
+    return [layer._modules[part]._modules[name] for part, names in LINEAR.items() for name in names]
 
 
 def takes_whole_steps(decoder: Decoder, rows: int) -> bool:
@@ -105,14 +113,15 @@ def takes_whole_steps(decoder: Decoder, rows: int) -> bool:
     """
     transformer: Any = decoder.transformer
     dtype = decoder.vocabulary.embedding.weight.dtype
-    layers = list(transformer.layers)
-    linear = [module for layer in layers for module in _linear(layer)]
-    heads = [getattr(layer.self_attn, name, None) for layer in layers for name in ("q_norm", "k_norm")]
+    linear = [module for layer in transformer.layers for module in _linear(layer)]
+    norms = [norm for layer in transformer.layers for norm in _norms(layer)[1:3] if norm is not None]
+    if not all(type(module) is PackedLinear and module.joins() and module.dtype == dtype for module in linear):
+        return False
+    sizes = {module.in_features for module in linear}
     return (
-        all(type(module) is PackedLinear and module.joins() and module.dtype == dtype for module in linear)
-        and all(norm is None or (is_fused(norm) and norm.weight.dtype == dtype) for norm in heads)
-        and len({step_kernels.multiply_address(dtype, module.in_features) for module in linear}) == 1
-        and rows <= min(step_kernels.most_product_rows(dtype, module.in_features) for module in linear)
+        all(is_fused(norm) and norm.weight.dtype == dtype for norm in norms)
+        and len({step_kernels.multiply_address(dtype, size) for size in sizes}) == 1
+        and rows <= min(step_kernels.most_product_rows(dtype, size) for size in sizes)
     )
 
 
