@@ -204,18 +204,20 @@ def test_states_equal_the_recompute_loop(
     prompt_tokens=st.none() | st.integers(1, 120),
     side=st.sampled_from(["left", "right"]),
     padding=st.sampled_from([0, 512]),
+    packed=st.booleans(),
 )
 def test_any_layout_gives_the_states_of_the_recompute_loop(
-    lengths: list[int], shared: int, own: list[int], prompt_tokens: int | None, side: str, padding: int
+    lengths: list[int], shared: int, own: list[int], prompt_tokens: int | None, side: str, padding: int, packed: bool
 ) -> None:
-    decoder = kernel_model()
     if step_kernels.library() is None:
         pytest.skip("nothing was compiled at installation")
+    packed = packed and packs_in_place(torch.float32)
+    decoder = packed_model("packed") if packed else kernel_model()
     ids, mask = instructed_batch(lengths, shared, side=side)
     own = own[: len(lengths)]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(refiner, "DECODE_PADDING", padding)
-        expected = recomputed(decoder, ids, mask, num_steps=max(own))
+        expected = recomputed(kernel_model("packed") if packed else decoder, ids, mask, num_steps=max(own))
         states = refine(decoder, ids, mask, num_steps=own, prompt_tokens=prompt_tokens)
     for row, steps in enumerate(own):
         assert relative_error(states[row, : steps + 1], expected[row, : steps + 1]) <= 1e-4
@@ -528,10 +530,11 @@ def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
     assert torch.equal(step_kernels.soft_tokens(hidden, table, 1.0)[:40], alone), "a row depends on itself alone"
 
 
-def test_several_threads_at_once(compiled: str) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_threads_at_once(packed: bool, compiled: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    decoder = kernel_model()
+    decoder = packed_model("packed", torch.bfloat16) if packed else kernel_model()
     batches = [random_batch([5 + i, 9, 3], seed=i) for i in range(8)]
 
     def states(batch: tuple[Tensor, Tensor]) -> Tensor:
