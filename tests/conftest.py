@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, whose own f
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from gircse.model import GIRCSE
+from tests.kernel_models import compiled, taken  # noqa: F401  # fixtures
 from tests.tiny import tiny_backbone
 
 
