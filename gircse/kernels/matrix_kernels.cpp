@@ -71,6 +71,7 @@ struct Sums { // where the results of up to four tiles lie
 template <bool BELOW, bool BESIDE, bool AGAIN = false, bool FETCH = false>
 INLINE void multiply_tiles(const Factor &left, const Factor &right, long count, const Sums &sums)
 {
+    asm volatile("" ::: "memory"); // compilers do not see that tiles read memory, and could write it later
     float *below = sums.at + sums.below, *beside = sums.at + sums.beside, *last = below + sums.beside;
     if (AGAIN) {
         _tile_loadd(0, sums.at, sums.stride);
