@@ -42,7 +42,6 @@ VERSION = 3
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
 
 _DTYPES = torch.float32, torch.bfloat16
-_DTYPES = torch.float32, torch.bfloat16
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "attend": [_POINTER] * 9 + [_LONG] * 7 + [_FLOAT, _INT],

@@ -13,6 +13,7 @@ from torch import Tensor
 from gircse import kernel_steps, refiner, step_kernels
 from gircse.decoders import Decoder
 from gircse.kernel_steps import takes_kernels
+from gircse.model import GIRCSE
 from gircse.packed_linear import packs_in_place
 from gircse.refiner import PromptReading, refine
 from gircse.whole_steps import WholeStep, takes_whole_steps
@@ -160,6 +161,20 @@ def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list
         qwen.transformer.get_submodule("layers.0.self_attn").q_norm = torch.nn.LayerNorm(32)
         assert not takes_whole_steps(qwen, 1)
     assert len(whole) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, compiled: str, whole: list[int]) -> None:
+    """What it is made of could change with transformers, and no result would tell."""
+    if not packs_in_place(dtype):
+        pytest.skip("no packed weights on this processor")
+    model = GIRCSE(dtype=dtype).pack_weights()
+    texts = ["how do plants eat?"]
+    vector = torch.tensor(model.encode(texts, num_steps=2))
+    assert whole == [1, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
+        assert torch.equal(torch.tensor(model.encode(texts, num_steps=2)), vector)
 
 
 def leave_what_they_do_not_know(decoder: Decoder) -> None:

@@ -209,6 +209,8 @@ def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
     assert step_kernels.most_product_rows(torch.bfloat16, 576) > step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
     assert step_kernels.most_product_rows(torch.bfloat16, 48) == step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
     assert step_kernels.most_product_rows(torch.float32, 576) == step_kernels.MOST_PRODUCT_ROWS[torch.float32]
+    own = step_kernels.multiply_address(torch.bfloat16, 576)
+    assert own != step_kernels.multiply_address(torch.bfloat16, 48), "of two libraries"
     hidden, table = torch.randn(300, 64).bfloat16(), torch.randn(700, 64).bfloat16()
     expected = (hidden.float() @ table.float().T).softmax(dim=-1) @ table.float()
     assert relative_error(step_kernels.soft_tokens(hidden, table, 1.0), expected) <= 6e-3
