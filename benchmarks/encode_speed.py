@@ -37,8 +37,9 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from gircse.inference_copy import InferenceCopy
 from gircse.model import GIRCSE
 from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps, recompute_states
@@ -103,10 +104,27 @@ def dynamic_cache(model: GIRCSE, ids: Tensor, mask: Tensor, num_steps: int) -> T
 
 def unpacked(model: GIRCSE, texts: list[str], prompt: str, num_steps: int) -> object:
     """This project's `encode` without packed copies of the weights."""
-    kept, model.encoder.packed_weights = model.encoder.packed_weights, PackedWeights()
-    model.encoder.packed_weights.enabled = False
+    encoder = model.encoder
+    kept = encoder.packed_weights, encoder.inference_copy
+    encoder.packed_weights, encoder.inference_copy = PackedWeights(), InferenceCopy()
+    encoder.packed_weights.enabled = False
     found = model.encode(texts, prompt=prompt, num_steps=num_steps)
-    model.encoder.packed_weights = kept
+    encoder.packed_weights, encoder.inference_copy = kept
+    return found
+
+
+class NoCopy(InferenceCopy):
+    """In its place: the backbone itself computes, with packed copies of its weights one by one."""
+
+    def decoder(self, backbone: PreTrainedModel) -> None:
+        """There is none."""
+
+
+def in_place(model: GIRCSE, texts: list[str], prompt: str, num_steps: int) -> object:
+    """This project's `encode` as on processors for which no packed copy of the model is made."""
+    kept, model.encoder.inference_copy = model.encoder.inference_copy, NoCopy()
+    found = model.encode(texts, prompt=prompt, num_steps=num_steps)
+    model.encoder.inference_copy = kept
     return found
 
 
@@ -121,6 +139,7 @@ def make_variants(
         "encode K=0": lambda: model.encode(texts, prompt=prompt, num_steps=0),
         "encode K=5": lambda: model.encode(texts, prompt=prompt, num_steps=5),
         "encode K=20": lambda: model.encode(texts, prompt=prompt, num_steps=20),
+        "encode in place K=5": lambda: in_place(model, texts, prompt, 5),
         "encode unpacked K=5": lambda: unpacked(model, texts, prompt, 5),
         "encode unpacked K=20": lambda: unpacked(model, texts, prompt, 20),
         "dynamic cache K=5": lambda: in_batches(model, texts, prompt, 5, dynamic_cache, batch),

@@ -39,6 +39,7 @@ from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
 from gircse.frozen_linear import freeze_linear_layers
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
+from gircse.inference_copy import InferenceCopy
 from gircse.int8 import Int8Linear, check_int8
 from gircse.norms import use_fused_norms
 from gircse.packed_linear import packed_linear, packs_in_place
@@ -92,8 +93,8 @@ class GenerativeEncoder(InputModule):
             of the backbone must stay as they are, bit by bit.
         packed_weights: Copies of the linear layers' weights that make soft tokens faster on a CPU and take as much
             memory as those weights again, together at most a quarter of what is free at first. Set its ``enabled`` to
-            False to keep the memory.
-
+            False to keep the memory, of `inference_copy` as well.
+        inference_copy: What serves inference instead wherever it can.
         quantized: ``int8`` after `quantize`, else None.
 
     Raises:
@@ -130,6 +131,7 @@ class GenerativeEncoder(InputModule):
         keep_state_dicts_unfolded(backbone)
         self._notice_full_finetuning()
         self.packed_weights = PackedWeights()
+        self.inference_copy = InferenceCopy()
         self.step_graphs = StepGraphs()
         # Cutting on the left would cut the instruction; the length is checked here, so the tokenizer need not warn.
         tokenizer.truncation_side = "right"
@@ -249,8 +251,24 @@ class GenerativeEncoder(InputModule):
         self.requires_grad_(False)
         freeze_linear_layers(self.backbone, make)
         self.packed_weights.drop()
+        self.inference_copy.drop()
         return_freed_memory()
         self.backbone._hf_peft_config_loaded = False
+
+    def settled_decoder(self) -> Decoder:
+        """What a pass is computed with: at inference on a CPU the packed copy of the backbone, where there is one.
+
+        Otherwise the backbone itself, its adapter folded in or taken out.
+        """
+        learns = self.training or torch.is_grad_enabled()
+        copies = self.fold_adapter and self.packed_weights.enabled and not torch.is_autocast_enabled("cpu")
+        if copies and not (learns or self.frozen):
+            found = self.inference_copy.decoder(self.backbone)
+            if found is not None:
+                return found
+        self.inference_copy.drop()
+        self.settle_adapter()
+        return self.decoder
 
     def settle_adapter(self) -> None:
         """Fold the adapter into the weights, or take it out again, as `fold_adapter` and training ask."""
@@ -346,22 +364,22 @@ class GenerativeEncoder(InputModule):
                 h_0. A row keeps its last embedding where others take more steps.
             **kwargs: Ignored, as sentence-transformers' interface asks.
         """
-        self.settle_adapter()
+        decoder = self.settled_decoder()
         config = self.refinement
         steps = config.num_steps if num_steps is None else num_steps
-        if isinstance(steps, Integral):  # NumPy's too
-            steps = int(steps)
-        prompt = (self.decoder, features["input_ids"], features["attention_mask"])
+        steps = int(steps) if isinstance(steps, Integral) else steps  # NumPy's too
         device = features["input_ids"].device
         if device.type == "cpu" and not self.step_graphs.anywhere:
             self.step_graphs.drop()  # the model has left a GPU
-        pass_tokens = prompt_pass_tokens(device)
-        with nullcontext() if self.frozen else self.packed_weights.products(device):
+        packs = not self.frozen and decoder.transformer is self.decoder.transformer
+        with self.packed_weights.products(device) if packs else nullcontext():
             states = refine(
-                *prompt,
+                decoder,
+                features["input_ids"],
+                features["attention_mask"],
                 num_steps=steps,
                 temperature=config.temperature,
-                prompt_tokens=pass_tokens,
+                prompt_tokens=prompt_pass_tokens(device),
                 graphs=self.step_graphs,
                 soft_token_gradients=features.get("soft_token_gradients", "full"),
                 reading=config.reading,

@@ -42,8 +42,8 @@ def soft_token_contents(
 ) -> list[SoftTokenContent]:
     """One entry for each of K soft tokens about a text; arguments as in `GIRCSE.explain`."""
     model.eval()
-    encoder, decoder = model.encoder, model.encoder.decoder
-    encoder.settle_adapter()
+    encoder = model.encoder
+    decoder = encoder.settled_decoder()
     features = encoder.pad(model.tokenize_texts([text], prompt, max_length).ids)
     features = {name: value.to(model.device) for name, value in features.items()}
     temperature = encoder.refinement.temperature

@@ -7,7 +7,7 @@ weights that can be trained or saved: whoever wants those loads the model again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -113,7 +113,7 @@ def freeze_linear_layers(module: nn.Module, make: Callable[[Tensor, Tensor | Non
 def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module], tables: set[int]) -> int:
     count = 0
     for name, child in module.named_children():
-        linear = _folded(child, tables)
+        linear = folded(child, tables)
         if type(linear) is nn.Linear:
             setattr(module, name, make(linear.weight, linear.bias))
             count += 1
@@ -122,8 +122,13 @@ def _freeze(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module
     return count
 
 
-def _folded(module: nn.Module, tables: set[int]) -> nn.Module:
-    """The layer under a LoRA layer, with BA added; weights that others read, `tables` among them, stay as they are."""
+def folded(module: nn.Module, tables: Collection[int] = ()) -> nn.Module:
+    """The layer under a LoRA layer, with BA added in float32; any other module as it is.
+
+    Args:
+        module: Changed in place.
+        tables: Addresses of weights that others read; those of other processes and these stay as they are.
+    """
     if not isinstance(module, LoraLayer):
         return module
     layer = module.get_base_layer()

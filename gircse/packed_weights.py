@@ -180,12 +180,12 @@ class PackedWeights:
             if (found := self._found(key, weight)) is not None:  # another thread's
                 return found
             library = packing_library(weight.dtype)
-            if library is None or not self.enabled or not _can_pack(weight) or not self._has_room(weight):
+            if library is None or not self.enabled or not can_pack(weight) or not self._has_room(weight):
                 return None
             with torch.inference_mode():
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
                 packed = library.reorder(rows, ROWS_PACKED_FOR)
-            places = _places(weight)
+            places = places_of(weight)
             self._packed[key] = _Packed(
                 weakref.ref(weight), weight._version, weight.data_ptr(), places, places.clone(), packed, weight.nbytes
             )
@@ -203,7 +203,8 @@ def _restored(enabled: bool) -> PackedWeights:
     return weights
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
+    """Whether a weight may have a packed copy, whose memory can be told to be still that of the weight."""
     return (
         packing_library(weight.dtype) is not None
         and type(weight) is nn.Parameter  # not computed anew at every call, nor quantised behind a float32 face
@@ -221,11 +222,11 @@ def _is_in_place(entry: _Packed) -> bool:
         weight is not None
         and weight._version == entry.version
         and weight.data_ptr() == entry.address
-        and _can_pack(weight)
+        and can_pack(weight)
     )
 
 
-def _places(weight: Tensor) -> Tensor:
+def places_of(weight: Tensor) -> Tensor:
     """A view of a few values: peft merges through `.data`, which counts no change."""
     flat = weight.detach().view(-1)
     return flat[:: max(1, flat.numel() // 15)]

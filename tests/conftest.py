@@ -33,6 +33,12 @@ def model(backbone: Path) -> GIRCSE:
     return GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, device="cpu")
 
 
+@pytest.fixture
+def without_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone itself computes, as where no packed copy of it is made: on processors without AVX512, say."""
+    monkeypatch.setattr("gircse.inference_copy.packs_in_place", lambda dtype: False)
+
+
 @pytest.fixture(scope="session")
 def shipped() -> GIRCSE:
     """The model that ships with the package, over the real backbone."""

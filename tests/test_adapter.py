@@ -25,6 +25,8 @@ from gircse.errors import UsageError
 from gircse.losses import ICRLoss
 from gircse.train.fused_lora import fused_lora
 
+pytestmark = pytest.mark.usefixtures("without_copy")
+
 TEXTS = ["a cat", "a much longer text about dogs and cats", "x"]
 
 

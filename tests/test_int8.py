@@ -95,6 +95,7 @@ def test_a_models_layers_are_replaced_and_its_adapter_stays(adapted: GIRCSE) -> 
     assert vectors_checksum(adapted.encoder) == checksum, "an index of float32 vectors may be searched"
 
 
+@pytest.mark.usefixtures("without_copy")
 def test_layers_under_an_adapter_that_is_not_folded(adapted: GIRCSE) -> None:
     """Quantised before or after the adapter was folded: the same integers."""
     again = copy.deepcopy(adapted)

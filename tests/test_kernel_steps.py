@@ -163,12 +163,15 @@ def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list
     assert len(whole) == 2
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, compiled: str, whole: list[int]) -> None:
+def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, packed: bool, compiled: str, whole: list[int]) -> None:
     """What it is made of could change with transformers, and no result would tell."""
     if not packs_in_place(dtype):
         pytest.skip("no packed weights on this processor")
-    model = GIRCSE(dtype=dtype).pack_weights()
+    model = GIRCSE(dtype=dtype)
+    if packed:
+        model.pack_weights()
     texts = ["how do plants eat?"]
     vector = torch.tensor(model.encode(texts, num_steps=2))
     assert whole == [1, 1]

@@ -99,6 +99,7 @@ def test_a_tied_head_stays_the_embedding_table(tmp_path: Path, dtype: torch.dtyp
         np.testing.assert_array_equal(other.encode(TEXTS), made.encode(TEXTS))
 
 
+@pytest.mark.usefixtures("without_copy")
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_model_keeps_vectors_checksum_and_size(backbone: Path, folded: bool) -> None:
     model = untrained(backbone)
@@ -119,6 +120,7 @@ def test_a_model_keeps_vectors_checksum_and_size(backbone: Path, folded: bool) -
     assert model.encoder.weights_dtype == "float32"
 
 
+@pytest.mark.usefixtures("without_copy")
 @pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="this processor packs no bfloat16")
 def test_weights_of_bfloat16_are_rounded_once(backbone: Path, tmp_path: Path) -> None:
     """Folded, then rounded, as where the adapter is folded without packing: the same weights to the bit."""

@@ -22,7 +22,10 @@ from gircse.packed_weights import PackedWeights, packing_library
 CPU = torch.device("cpu")
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five"]
 
-pytestmark = pytest.mark.skipif(packing_library(torch.float32) is None, reason="this processor packs nothing")
+pytestmark = [
+    pytest.mark.skipif(packing_library(torch.float32) is None, reason="this processor packs nothing"),
+    pytest.mark.usefixtures("without_copy"),
+]
 
 PACKS_BFLOAT16 = packing_library(torch.bfloat16) is not None
 

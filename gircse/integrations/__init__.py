@@ -132,5 +132,5 @@ def _load(name: str | None, device: str | None) -> GIRCSE:
     with _loading:
         model = _loaded.get((name, device))
         if model is None:
-            model = _loaded[name, device] = GIRCSE(name, device=device)
+            model = _loaded[name, device] = GIRCSE(name, device=device).pack_weights()
         return model
