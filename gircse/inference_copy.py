@@ -149,23 +149,36 @@ def _table(backbone: PreTrainedModel) -> Tensor:
     return cast(Tensor, backbone.get_input_embeddings().weight)
 
 
+def _outside(backbone: nn.Module) -> list[nn.Module]:
+    """All modules but LoRA layers and what they are made of."""
+    inside = {id(part) for layer in lora_layers(backbone) for part in cast(nn.Module, layer).modules()}
+    return [part for part in backbone.modules() if id(part) not in inside]
+
+
 def _weights(backbone: nn.Module) -> list[Tensor]:
     """Of the linear layers that the copy packs."""
-    layers = lora_layers(backbone)
-    inside = {id(part) for layer in layers for part in cast(nn.Module, layer).modules()}
-    own = [part for part in backbone.modules() if type(part) is nn.Linear and id(part) not in inside]
-    return [cast(Tensor, layer.weight) for layer in (*own, *(layer.get_base_layer() for layer in layers))]
+    own = [part for part in _outside(backbone) if type(part) is nn.Linear]
+    under = [layer.get_base_layer() for layer in lora_layers(backbone)]
+    return [cast(Tensor, layer.weight) for layer in (*own, *under)]
 
 
 def _can_copy(backbone: PreTrainedModel) -> bool:
     layers = lora_layers(backbone)
     return (
         packs_in_place(backbone.dtype)
-        and not any(parameter.requires_grad for parameter in backbone.parameters())
+        and all(map(_can_watch, backbone.parameters()))
         and all(type(layer.get_base_layer()) is nn.Linear for layer in layers)
         and can_fold(backbone, layers)
         and all(can_pack(weight) and weight.dtype == backbone.dtype for weight in _weights(backbone))
+        # peft's other layers have states that nobody here knows.
+        and not any(type(part).__module__.startswith("peft.") for part in _outside(backbone))
     )
+
+
+def _can_watch(parameter: nn.Parameter) -> bool:
+    """Whether it is an ordinary one that nobody trains and that counts its changes."""
+    known = type(parameter) is nn.Parameter and parameter.dtype in (torch.float32, torch.bfloat16)
+    return known and not parameter.requires_grad and not parameter.is_inference()
 
 
 def _copied(module: nn.Module, make: Any) -> nn.Module:

@@ -200,6 +200,20 @@ def test_who_keeps_the_memory_has_no_copy(adapted: GIRCSE, monkeypatch: pytest.M
     assert not is_served(copy.deepcopy(adapted))
 
 
+def test_what_cannot_be_watched_is_not_copied(backbone: Path) -> None:
+    unwatched = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu")
+    norm: Any = unwatched.encoder.backbone.get_submodule("model.norm")
+    with torch.inference_mode():  # such weights count no changes
+        norm.weight = torch.nn.Parameter(torch.ones(32), requires_grad=False)
+    config = lora()
+    config.target_modules, config.modules_to_save = ["q_proj"], ["lm_head"]
+    wrapped = GIRCSE.from_backbone(str(backbone), num_steps=3, lora=config, device="cpu").requires_grad_(False)
+    exact = GIRCSE.from_backbone(str(backbone), num_steps=3, device="cpu")
+    exact.encoder.backbone.get_submodule("model.norm").to(torch.float64)
+    for model in (unwatched, wrapped, exact):
+        assert not is_served(model)
+
+
 def test_copies_and_pickles_make_their_own(adapted: GIRCSE) -> None:
     vectors = adapted.encode(TEXTS)
     for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
