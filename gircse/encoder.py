@@ -262,10 +262,10 @@ class GenerativeEncoder(InputModule):
         """
         learns = self.training or torch.is_grad_enabled()
         copies = self.fold_adapter and self.packed_weights.enabled and not torch.is_autocast_enabled("cpu")
-        if copies and not (learns or self.frozen):
-            found = self.inference_copy.decoder(self.backbone)
-            if found is not None:
-                return found
+        copies = copies and not (learns or self.frozen)
+        if copies and (found := self.inference_copy.decoder(self.backbone)) is not None:
+            self.packed_weights.drop()  # of weights that were trained until now
+            return found
         self.inference_copy.drop()
         self.settle_adapter()
         return self.decoder

@@ -168,9 +168,11 @@ def test_training_has_the_backbone(adapted: GIRCSE) -> None:
     assert not is_served(adapted), "while it is trained"
     trained = check(adapted)[:, -1]
     assert np.abs(trained - first).max() > 1e-3
+    assert len(adapted.encoder.packed_weights)
     adapted.requires_grad_(False)
     np.testing.assert_allclose(check(adapted)[:, -1], trained, rtol=1e-4, atol=1e-5)
     assert is_served(adapted)
+    assert not len(adapted.encoder.packed_weights)
 
 
 def test_hooks_see_the_backbone_at_work(adapted: GIRCSE) -> None:
