@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from arguments import at_least_one, data_folder, output_file
-from mixes import INSTRUCTION, read_mix
+from mixes import INSTRUCTION, MIXES, read_mix
 from peak_memory import peak_rise
 from rich.console import Console
 from rich.table import Table
@@ -222,6 +222,10 @@ def main() -> None:
         "-o", "--output", type=output_file, default=Path(__file__).parent / "results" / "encode_speed.json"
     )
     arguments = parser.parse_args()
+    if unknown := set(arguments.mixes) - set(MIXES):
+        parser.error(f"argument --mixes: there is no {min(unknown)}; {', '.join(MIXES)} are")
+    if len(arguments.texts) not in (1, len(arguments.mixes)):
+        parser.error(f"argument --texts: one number for all or one for each of {len(arguments.mixes)} mixes")
     if arguments.memory_of:
         peak_of_one(arguments)
         return
@@ -245,6 +249,8 @@ def main() -> None:
                 variants |= make_half_variants(half, folder, texts, instruction, arguments.batch)
             for kind in {name.split()[0] for name in arguments.variants} & FROZEN.keys():
                 variants |= make_frozen_variants(kind, load_model(arguments, arguments.dtype), texts, instruction)
+            if unknown := set(arguments.variants) - variants.keys():
+                parser.error(f"argument --variants: there is no {min(unknown)}; {', '.join(variants)} are")
             variants = {name: variants[name] for name in ("encoder", *arguments.variants)}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.repeats + 1):
