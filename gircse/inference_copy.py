@@ -22,6 +22,7 @@ from gircse.adapter import can_fold, lora_layers
 from gircse.decoders import Decoder
 from gircse.frozen_linear import folded
 from gircse.hardware import free_memory
+from gircse.module_walk import all_modules
 from gircse.packed_linear import packed_linear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, can_pack, places_of
 
@@ -120,16 +121,12 @@ class _Parts:
 
     @classmethod
     def of(cls, backbone: nn.Module) -> _Parts:
-        """A look at every module's dictionary: `nn.Module.modules` and attributes take four times as long."""
-        modules, parameters, hooked, left = [], [], False, [backbone]
-        while left:
-            module = left.pop()
+        """All that is there now."""
+        modules, parameters, hooked = all_modules(backbone), [], False
+        for module in modules:
             own = vars(module)
-            modules.append(module)
             if own["_parameters"]:
                 parameters += [part for part in own["_parameters"].values() if part is not None]
-            if own["_modules"]:
-                left += [child for child in own["_modules"].values() if child is not None]
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 hooked = True
             if "forward" in own and (own["_modules"] or isinstance(module, nn.Linear)):

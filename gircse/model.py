@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -27,6 +26,7 @@ from gircse.explanation import SoftTokenContent, soft_token_contents
 from gircse.grouped_steps import takes_groups
 from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
+from gircse.module_walk import SteadySentenceTransformer
 from gircse.texts import as_texts, is_single
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer it"
 """The instruction of queries where neither the call nor the checkpoint names one."""
 
 
-class GIRCSE(SentenceTransformer):
+class GIRCSE(SteadySentenceTransformer):
     """Generative text embeddings: soft tokens written about a text, their mean hidden state as its vector.
 
     Everything a SentenceTransformer does works, and `encode`, `encode_query` and `encode_document` take two arguments
