@@ -28,7 +28,7 @@ def all_modules(root: nn.Module) -> list[nn.Module]:
 
 def are_in_mode(root: nn.Module, *, training: bool) -> bool:
     """Whether all modules of a model are in training, or all in evaluation mode."""
-    return all([module.__dict__["training"] is training for module in all_modules(root)])
+    return all(module.__dict__["training"] is training for module in all_modules(root))
 
 
 def is_wholly_on(root: nn.Module, device: torch.device) -> bool:
