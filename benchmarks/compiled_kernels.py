@@ -54,8 +54,7 @@ def kernels(which: str) -> Iterator[None]:
 
 def forget() -> None:
     """Which functions a dtype has."""
-    own = step_kernels._matrix_function, step_kernels.multiply_address
-    for function in (*own, step_kernels.most_product_rows, step_kernels.most_soft_tokens):
+    for function in (step_kernels._matrix_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens):
         function.cache_clear()
 
 

@@ -40,7 +40,7 @@ from gircse.errors import GircseError, UsageError
 from gircse.frozen_linear import freeze_linear_layers
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
 from gircse.inference_copy import InferenceCopy
-from gircse.int8 import Int8Linear, check_int8
+from gircse.int8 import check_int8, int8_linear
 from gircse.norms import use_fused_norms
 from gircse.packed_linear import packed_linear, packs_in_place
 from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
@@ -231,7 +231,7 @@ class GenerativeEncoder(InputModule):
             raise UsageError(f"8-bit weights compute on the CPU, not on {self.backbone.device.type}; choose device cpu")
         if self.frozen:
             raise UsageError("packed weights are not quantised; load the model again and quantise that")
-        self._freeze(Int8Linear)
+        self._freeze(partial(int8_linear, table=self.decoder.vocabulary.embedding.weight))
         self.quantized = "int8"
 
     def pack(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gircse.attention import ATTENTION, attend_single_queries, multiply_single_queries
 from gircse.decoders import Decoder
-from gircse.packed_linear import PackedLinear
+from gircse.packed_linear import KernelLinear
 
 LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The transformers classes whose layers `GroupedSteps` computes, all with rotary positions and RMS norms."""
@@ -239,5 +239,5 @@ def products(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     together = vars(layers[0]).get("forward_together")
     if together is not None:
         return together(x, layers)
-    packed = [layer for layer in layers if type(layer) is PackedLinear]
-    return PackedLinear.products(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]
+    packed = [layer for layer in layers if isinstance(layer, KernelLinear)]
+    return KernelLinear.products(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]

@@ -1,18 +1,23 @@
-"""Linear layers with weights of 8 bits, for inference on a CPU: a third of the memory, and products of whole numbers.
+"""Linear layers with weights of 8 bits, for inference on a CPU: less memory, and products of whole numbers.
 
-Knows linear layers and oneDNN's integer product; knows nothing of soft tokens, texts or checkpoints. Every row of a
-weight matrix has a scale of its own. An input is not rounded to 8 bits: where two batches differ by a last bit,
-rounding would make a whole step of it, and the same text would get two vectors. It goes through the product in two
-parts of 8 bits, each row with a scale of its own, which together keep it to 16. docs/experiments.md has what both cost.
+Knows linear layers and integer products, oneDNN's and those of the compiled kernels; knows nothing of soft tokens,
+texts or checkpoints. Every row of a weight matrix has a scale of its own. An input is not rounded to 8 bits: where two
+batches differ by a last bit, rounding would make a whole step of it, and the same text would get two vectors. It goes
+through the product in two parts of 8 bits, each row with a scale of its own, which together keep it to 16. The kernels
+read the weights as oneDNN packs them and compute the same sums in a fraction of its time. docs/experiments.md has what
+both cost.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gircse import step_kernels
 from gircse.errors import UsageError
-from gircse.frozen_linear import FrozenLinear
+from gircse.packed_linear import KernelLinear, TableLinear
 
 _LARGEST = 127
 """Of the integers, in both directions."""
@@ -37,7 +42,7 @@ def check_int8() -> None:
         raise UsageError("8-bit weights need a processor with AVX512-VNNI and PyTorch with oneDNN; leave quantize out")
 
 
-class Int8Linear(FrozenLinear):
+class Int8Linear(KernelLinear):
     """y = x·Wᵀ + b with W rounded to 8 bits, one scale a row, and x to 16.
 
     Args:
@@ -46,19 +51,34 @@ class Int8Linear(FrozenLinear):
     """
 
     kind = "8-bit weights"
-    opaque = ("_packed", "_zeros")
+    opaque = (*KernelLinear.opaque, "_zeros", "_sums")
     scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         wide = weight.detach().float()
         scale = _scale(wide)  # (out, 1)
-        self.register_buffer("scale", scale.flatten())
+        self.scale = scale.flatten()  # no buffer: it stays float32, and where it is
         self._keep((wide / scale).round_().to(torch.int8))
 
     def _keep(self, matrix: Tensor) -> None:
         self._packed = torch.ops.onednn.qlinear_prepack(matrix, [_ROWS_PACKED_FOR, self.in_features])
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        self.place = None
+        panel = step_kernels.panel_width(*matrix.shape, torch.int8, _ROWS_PACKED_FOR)
+        if panel is not None:
+            self._sums = matrix.sum(dim=1, dtype=torch.int32)
+            places = [part.data_ptr() for part in (self.scale, self._sums)]
+            address = torch.ops.mkldnn.data_ptr(self._packed)
+            self.place = step_kernels.PackedMatrix(address, panel, self.out_features, *places)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """As of any `KernelLinear`; inputs may be of either dtype that there are kernels for."""
+        return super().takes(dtype) and step_kernels.serves(dtype, self.in_features)
+
+    def most_rows(self, dtype: torch.dtype) -> int:
+        """As of any `KernelLinear`."""
+        return step_kernels.most_product_rows(dtype, self.in_features, of_int8=True)
 
     def matrix(self) -> Tensor:
         """W / scale, (out, in) int8."""
@@ -71,10 +91,13 @@ class Int8Linear(FrozenLinear):
             UsageError: x is not on the CPU, or a gradient is wanted.
         """
         self._check(x)
-        rows = x.reshape(-1, self.in_features).float()  # (N, in)
+        rows = x.reshape(-1, self.in_features)  # (N, in)
+        if self.takes(x.dtype) and len(rows) <= self.most_rows(x.dtype):
+            return self._by_kernels(rows, [self])[0].view(*x.shape[:-1], self.out_features)
+        rows = rows.float()
         scale = _scale(rows)  # (N, 1)
         out = torch.ops.onednn.qlinear_pointwise(
-            _two_parts(rows, scale), 1.0, _ZERO, self._packed, self.scale.float(), self._zeros, None, 1.0, 0,
+            _two_parts(rows, scale), 1.0, _ZERO, self._packed, self.scale, self._zeros, None, 1.0, 0,
             torch.float32, "none", [], "",
         )  # (2N, out)  # fmt: skip
         first, second = out.chunk(2)
@@ -82,6 +105,21 @@ class Int8Linear(FrozenLinear):
         if self.bias is not None:
             out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = self.scale
+
+
+def int8_linear(weight: Tensor, bias: Tensor | None, *, table: Tensor) -> Int8Linear | TableLinear:
+    """The layer of a weight that is rounded to 8 bits, unless it is tied to the embedding table and stays there.
+
+    Args:
+        weight: W, (out, in).
+        bias: b, (out,), or None.
+        table: The embedding table.
+    """
+    return TableLinear(weight, bias) if weight is table else Int8Linear(weight, bias)
 
 
 def _scale(rows: Tensor) -> Tensor:
@@ -93,7 +131,7 @@ def _two_parts(rows: Tensor, scale: Tensor) -> Tensor:
     """Whole steps of the inputs above their rest in parts of a step, (2N, in) of unsigned integers."""
     parts = torch.empty(2 * len(rows), rows.shape[1], dtype=torch.uint8)
     first, second = parts.chunk(2)
-    steps = (rows / scale).add_(_ZERO + 0.5)  # from 0.5 to 254.5; a copy to integers rounds down
+    steps = (rows * scale.reciprocal()).add_(_ZERO + 0.5)  # from 0.5 to 254.5; a copy to integers rounds down
     first.copy_(steps)
     second.copy_(steps.frac_().mul_(_PARTS).add_(0.5))
     return parts

@@ -19,6 +19,9 @@ from gircse.packed_weights import ROWS_PACKED_FOR
 OUTPUTS_AT_A_TIME = 8192
 """Of a `TableLinear`: what is packed for the moment, 9 or 19 MB of SmolLM2's, costs less than a millisecond more."""
 
+ROWS_AT_A_TIME = 256
+"""Of a product by kernels: more are slower, as they leave the processor's cache."""
+
 MOST_ROWS_ON_THE_RIGHT = 64
 """Up to which a `TableLinear` of bfloat16 lets the rows be packed instead; with more the transposing takes longer."""
 
@@ -30,22 +33,64 @@ def packs_in_place(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
 
 
-class PackedLinear(FrozenLinear):
+class KernelLinear(FrozenLinear):
+    """A frozen layer whose products of few rows the compiled kernels compute.
+
+    Attributes:
+        place: Where W lies, if that is as the kernels read it.
+    """
+
+    opaque = ("_packed", "place")
+    place: step_kernels.PackedMatrix | None
+
+    def most_rows(self, dtype: torch.dtype) -> int:
+        """Rows of a dtype up to which the kernels are faster."""
+        return step_kernels.most_product_rows(dtype, self.in_features)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether there are kernels for this layer and rows of a dtype."""
+        fits = (self.dtype or dtype) == dtype and (self.bias is None or self.bias.dtype == dtype)
+        return self.place is not None and fits
+
+    def joins(self, dtype: torch.dtype) -> bool:
+        """Whether they may be used without calling this layer."""
+        return self.takes(dtype) and not (self._forward_hooks or self._forward_pre_hooks)
+
+    @staticmethod
+    def products(x: Tensor, layers: Sequence[KernelLinear]) -> list[Tensor]:
+        """Those of the same rows with several layers of one size of input: in one call where each would be a kernel's.
+
+        Args:
+            x: (B, in).
+            layers: As many as are wanted.
+
+        Returns:
+            (B, out) of each.
+        """
+        few = x.dim() == 2 and all(layer.joins(x.dtype) and len(x) <= layer.most_rows(x.dtype) for layer in layers)
+        return KernelLinear._by_kernels(x, layers) if few else [layer(x) for layer in layers]
+
+    @staticmethod
+    def _by_kernels(rows: Tensor, layers: Sequence[KernelLinear]) -> list[Tensor]:
+        layers[0]._check(rows)
+        if len(rows) > ROWS_AT_A_TIME:
+            parts = [KernelLinear._by_kernels(part, layers) for part in rows.split(ROWS_AT_A_TIME)]
+            return [torch.cat(outs) for outs in zip(*parts, strict=True)]
+        weights = [layer.place for layer in layers if layer.place is not None]
+        return step_kernels.multiply(rows.contiguous(), weights, [layer.bias for layer in layers])
+
+
+class PackedLinear(KernelLinear):
     """y = x·Wᵀ + b with W as oneDNN reads it.
 
     Args:
         weight: W, (out, in).
         bias: b, (out,), or None.
         dtype: What W and b are kept in, and x has to be.
-
-    Attributes:
-        place: Where W lies, if that is as the compiled kernels read it.
     """
 
     kind = "packed weights"
     dtype: torch.dtype
-    place: step_kernels.PackedMatrix | None
-    opaque = ("_packed", "place")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
         super().__init__(weight, None if bias is None else bias.to(dtype))
@@ -72,34 +117,11 @@ class PackedLinear(FrozenLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if self.place is not None and rows.shape[0] <= step_kernels.most_product_rows(self.dtype, self.in_features):
-            out = step_kernels.multiply(rows.contiguous(), (self.place,), (self.bias,))[0]
+        if self.place is not None and len(rows) <= self.most_rows(self.dtype):
+            out = self._by_kernels(rows, [self])[0]
         else:
             out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")  # (N, out)
         return out.view(*x.shape[:-1], self.out_features)
-
-    @staticmethod
-    def products(x: Tensor, layers: Sequence[PackedLinear]) -> list[Tensor]:
-        """Those of the same rows with several layers of one size of input: in one call where each would be a kernel's.
-
-        Args:
-            x: (B, in).
-            layers: As many as are wanted.
-
-        Returns:
-            (B, out) of each.
-        """
-        first = layers[0]
-        few = x.dim() == 2 and x.shape[0] <= step_kernels.most_product_rows(first.dtype, first.in_features)
-        if not (few and all(layer.joins() for layer in layers)):
-            return [layer(x) for layer in layers]
-        first._check(x)
-        weights = [layer.place for layer in layers if layer.place is not None]
-        return step_kernels.multiply(x.contiguous(), weights, [layer.bias for layer in layers])
-
-    def joins(self) -> bool:
-        """Whether `products` may compute this layer's product without calling it."""
-        return self.place is not None and not (self._forward_hooks or self._forward_pre_hooks)
 
 
 class TableLinear(nn.Linear):

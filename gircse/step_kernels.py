@@ -1,8 +1,9 @@
 """The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
 
-Knows tensors and the libraries that are made of ``kernels/step_kernels.cpp`` and, for processors with AMX,
-``kernels/matrix_kernels.cpp`` where there was a compiler when this package was installed; knows nothing of layers,
-texts or files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower.
+Knows tensors and the libraries that are made of ``kernels/step_kernels.cpp``, for processors with AMX of
+``kernels/matrix_kernels.cpp``, and for weights of 8 bits of ``kernels/int8_kernels.cpp``, where there was a compiler
+when this package was installed; knows nothing of layers, texts or files. Without a library, or for another dtype or
+size, PyTorch's operations do the same, slower.
 docs/experiments.md has what it buys.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,16 +31,22 @@ PANELS = 64, 48, 32, 16
 MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
 """Rows up to which a product with packed weights is faster here than oneDNN's."""
 
+MOST_INT8_ROWS = 128
+"""As `MOST_PRODUCT_ROWS`, of weights of 8 bits. With AMX they are always faster here."""
+
+MOST_VECTOR_ROWS = 2
+"""Rows up to which vectors multiply weights of 8 bits faster than the tiles of AMX."""
+
 MOST_SOFT_TOKENS = {torch.bfloat16: 4, torch.float32: 16}
 """Rows up to which a soft token is faster in one pass over the table than by two products and a softmax."""
 
 MOST_MATRIX_ROWS = 192
 """As `MOST_PRODUCT_ROWS`, of bfloat16 with AMX. Soft tokens are always faster there."""
 
-MATRIX_INPUTS = 32
-"""Of a product with AMX, at once."""
+MATRIX_INPUTS = {torch.bfloat16: 32, torch.int8: 64}
+"""Of a product with AMX, at once, by the dtype of its weights."""
 
-VERSION = 3
+VERSION = 4
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
 
 _DTYPES = torch.float32, torch.bfloat16
@@ -49,6 +57,7 @@ _ARGUMENTS = {
     "norm": [_POINTER] * 3 + [_FLOAT] + [_LONG] * 2 + [_POINTER, _INT],
     "gate": [_POINTER] * 2 + [_LONG, _POINTER, _INT],
     "multiply": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _INT],
+    "multiply_int8": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _INT],
     "step": [_POINTER, _INT],
     "soft_tokens": [_POINTER] + [_LONG] * 2 + [_POINTER, _LONG, _FLOAT, _POINTER, _INT],
 }
@@ -67,7 +76,14 @@ def matrix_library() -> ctypes.CDLL | None:
     has = library() is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not (has and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
         return None
-    return _load("_matrix_kernels", (torch.bfloat16,))
+    return _load("_matrix_kernels", _DTYPES)
+
+
+@cache
+def int8_library() -> ctypes.CDLL | None:
+    """What was compiled for weights of 8 bits, where this processor multiplies such numbers; None as of `library`."""
+    has = library() is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return _load("_int8_kernels", _DTYPES) if has and torch.cpu._is_vnni_supported() else None
 
 
 def _load(name: str, dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
@@ -108,19 +124,16 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 @cache
 def _matrix_function(name: str, dtype: torch.dtype, inputs: int) -> Callable[..., None] | None:
     """That of `matrix_library`, if it takes them; otherwise None."""
-    serves = dtype == torch.bfloat16 and inputs % MATRIX_INPUTS == 0 and matrix_library() is not None
+    serves = dtype == torch.bfloat16 and inputs % MATRIX_INPUTS[dtype] == 0 and matrix_library() is not None
     return getattr(matrix_library(), _entry(name, dtype)) if serves else None
+
+
+def _has_int8_matrices(inputs: int) -> bool:
+    return matrix_library() is not None and inputs % MATRIX_INPUTS[torch.int8] == 0
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
     _function(name, dtype)(*arguments, torch.get_num_threads())
-
-
-def _call_products(name: str, x: Tensor, *arguments: float | None) -> None:
-    """`_call` with the rows that are multiplied, (B, in); by the tiles of AMX where there are any."""
-    dtype, (rows, inputs) = x.dtype, x.shape
-    function = _matrix_function(name, dtype, inputs) or _function(name, dtype)
-    function(x.data_ptr(), rows, inputs, *arguments, torch.get_num_threads())
 
 
 def _check(first: Tensor, *others: Tensor) -> None:
@@ -221,29 +234,38 @@ def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: i
     Args:
         out_features: Of the weight, (out, in).
         in_features: Likewise.
-        dtype: Of the weight.
+        dtype: Of the weight: one that there are kernels for, or int8.
         rows: What oneDNN is told that products will have.
     """
-    if not serves(dtype, in_features) or not hasattr(torch.ops.mkldnn, "data_ptr"):
+    of_int8 = dtype == torch.int8
+    together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[dtype]  # inputs that lie side by side
+    served = serves(torch.float32, in_features) and int8_library() if of_int8 else serves(dtype, in_features)
+    if not served or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
-    matrix = torch.randn(out_features, in_features).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(matrix, rows)
-    if torch.ops.mkldnn._nbytes(packed) != matrix.nbytes:
+    if of_int8:
+        matrix = torch.randint(-127, 128, (out_features, in_features), dtype=dtype)
+        packed = torch.ops.onednn.qlinear_prepack(matrix, [rows, in_features])
+    else:
+        matrix = torch.randn(out_features, in_features).to(dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, rows)
+    # Sums of the rows may lie behind whole numbers: for inputs whose zero is another one.
+    if torch.ops.mkldnn._nbytes(packed) not in (matrix.nbytes, matrix.nbytes + of_int8 * 4 * out_features):
         return None
     content = (ctypes.c_char * matrix.nbytes).from_address(torch.ops.mkldnn.data_ptr(packed))
     found = torch.frombuffer(content, dtype=dtype)
-    pair = 2 if dtype == torch.bfloat16 else 1
     for panel in PANELS:
-        if out_features % panel == 0 and in_features % pair == 0:
-            expected = matrix.view(-1, panel, in_features // pair, pair).transpose(1, 2)
+        if out_features % panel == 0 and in_features % together == 0:
+            expected = matrix.view(-1, panel, in_features // together, together).transpose(1, 2)
             if torch.equal(found, expected.flatten()):
                 return panel
     return None
 
 
 @cache
-def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
-    """Rows of so many inputs up to which `multiply` is faster than oneDNN."""
+def most_product_rows(dtype: torch.dtype, inputs: int, *, of_int8: bool = False) -> int:
+    """Rows of a dtype and of so many inputs up to which `multiply` is faster than oneDNN."""
+    if of_int8:
+        return sys.maxsize if _has_int8_matrices(inputs) else MOST_INT8_ROWS
     return MOST_PRODUCT_ROWS[dtype] if _matrix_function("multiply", dtype, inputs) is None else MOST_MATRIX_ROWS
 
 
@@ -255,11 +277,15 @@ class PackedMatrix:
         address: Of its first number.
         panel: Its `panel_width`.
         outputs: How many it has.
+        scales: Where what 1 stands for in each output lies, (out,) float32, if the weight is of 8 bits.
+        sums: Where the sums of all weights of each output lie then, (out,) int32.
     """
 
     address: int
     panel: int
     outputs: int
+    scales: int | None = None
+    sums: int | None = None
 
 
 def multiply(x: Tensor, weights: Sequence[PackedMatrix], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -267,7 +293,7 @@ def multiply(x: Tensor, weights: Sequence[PackedMatrix], biases: Sequence[Tensor
 
     Args:
         x: (B, in), contiguous.
-        weights: W, each (out, in).
+        weights: W, each (out, in): all of the dtype of x, or all of 8 bits.
         biases: b, (out,), of each; None for nothing.
 
     Returns:
@@ -279,16 +305,33 @@ def multiply(x: Tensor, weights: Sequence[PackedMatrix], biases: Sequence[Tensor
     fields: list[int] = []  # of `Product` in kernels/products.h
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         offset = 0 if bias is None else bias.data_ptr()
-        fields += weight.address, offset, out.data_ptr(), weight.panel, weight.outputs
+        fields += weight.address, weight.scales or 0, weight.sums or 0
+        fields += offset, out.data_ptr(), weight.panel, weight.outputs
     products = (_LONG * len(fields))(*fields)
-    _call_products("multiply", x, ctypes.addressof(products), len(outs))
+    function = _multiply_function(x.dtype, x.shape[1], rows, weights)
+    function(x.data_ptr(), *x.shape, ctypes.addressof(products), len(outs), torch.get_num_threads())
     return outs
 
 
-@cache
-def multiply_address(dtype: torch.dtype, inputs: int) -> int | None:
-    """Of the compiled function behind `multiply`, for weights of so many inputs."""
-    function: Any = _matrix_function("multiply", dtype, inputs) or _function("multiply", dtype)
+def _multiply_function(
+    dtype: torch.dtype, inputs: int, rows: int, weights: Sequence[PackedMatrix]
+) -> Callable[..., None]:
+    if all(weight.scales is None for weight in weights):
+        return _matrix_function("multiply", dtype, inputs) or _function("multiply", dtype)
+    by_matrices = rows > MOST_VECTOR_ROWS and _has_int8_matrices(inputs)
+    return getattr(matrix_library() if by_matrices else int8_library(), _entry("multiply_int8", dtype))
+
+
+def multiply_address(dtype: torch.dtype, inputs: int, rows: int, weights: Sequence[PackedMatrix]) -> int | None:
+    """Of the compiled function behind `multiply`.
+
+    Args:
+        dtype: Of what is multiplied.
+        inputs: Of the weights.
+        rows: At most.
+        weights: All that it will be called with, as of `multiply`.
+    """
+    function: Any = _multiply_function(dtype, inputs, rows, weights)
     return ctypes.cast(function, _POINTER).value
 
 
@@ -322,5 +365,8 @@ def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
     hidden = hidden.contiguous()
     _check(hidden, table)
     out = torch.empty_like(hidden)
-    _call_products("soft_tokens", hidden, table.data_ptr(), len(table), scale, out.data_ptr())
+    dtype, width = hidden.dtype, hidden.shape[1]
+    function = _matrix_function("soft_tokens", dtype, width) or _function("soft_tokens", dtype)
+    pointers = table.data_ptr(), len(table), scale, out.data_ptr()
+    function(hidden.data_ptr(), *hidden.shape, *pointers, torch.get_num_threads())
     return out

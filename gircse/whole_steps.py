@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gircse import step_kernels
 from gircse.decoders import Decoder
 from gircse.norms import is_fused
-from gircse.packed_linear import PackedLinear
+from gircse.packed_linear import KernelLinear
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -49,7 +49,10 @@ class _Norm(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [("packed", _POINTER), ("bias", _POINTER), ("out", _POINTER), ("panel", _LONG), ("outputs", _LONG)]
+    _fields_ = [
+        *((name, _POINTER) for name in ("packed", "scales", "sums", "bias", "out")),
+        *((name, _LONG) for name in ("panel", "outputs")),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -79,10 +82,11 @@ def _norm(module: Any) -> _Norm:
     return _Norm() if module is None else _Norm(module._parameters["weight"].data_ptr(), module.variance_epsilon)
 
 
-def _product(layer: PackedLinear) -> _Product:
+def _product(layer: KernelLinear) -> _Product:
     place, bias = layer.place, layer._buffers["bias"]
     assert place is not None
-    return _Product(place.address, None if bias is None else bias.data_ptr(), None, place.panel, place.outputs)
+    offset = None if bias is None else bias.data_ptr()
+    return _Product(place.address, place.scales, place.sums, offset, None, place.panel, place.outputs)
 
 
 def _layer(layer: nn.Module) -> _Layer:
@@ -115,13 +119,14 @@ def takes_whole_steps(decoder: Decoder, rows: int) -> bool:
     dtype = decoder.vocabulary.embedding.weight.dtype
     linear = [module for layer in transformer.layers for module in _linear(layer)]
     norms = [norm for layer in transformer.layers for norm in _norms(layer)[1:3] if norm is not None]
-    if not all(type(module) is PackedLinear and module.joins() and module.dtype == dtype for module in linear):
+    if not all(isinstance(module, KernelLinear) and module.joins(dtype) for module in linear):
         return False
+    weights = [module.place for module in linear]
     sizes = {module.in_features for module in linear}
     return (
         all(is_fused(norm) and norm.weight.dtype == dtype for norm in norms)
-        and len({step_kernels.multiply_address(dtype, size) for size in sizes}) == 1
-        and rows <= min(step_kernels.most_product_rows(dtype, size) for size in sizes)
+        and len({step_kernels.multiply_address(dtype, size, rows, weights) for size in sizes}) == 1
+        and rows <= min(module.most_rows(dtype) for module in linear)
     )
 
 
@@ -141,6 +146,7 @@ class WholeStep:
         attention, size, inner = first.self_attn, first.mlp.gate_proj.in_features, first.mlp.gate_proj.out_features
         query, key = attention.q_proj.out_features, attention.k_proj.out_features
         dtype = decoder.vocabulary.embedding.weight.dtype
+        weights = [module.place for layer in self._layers for module in _linear(layer)]
         # states, normed, query, key, value, mixed, gate, up, added
         widths = size, size, query, key, key, query, inner, inner, size
         self._room = [torch.empty(rows, width, dtype=dtype) for width in widths]
@@ -155,7 +161,7 @@ class WholeStep:
             *(None, None, None),
             *(len(self._layers), len(groups), rows, size, inner),
             *(query // attention.head_dim, key // attention.head_dim, attention.head_dim),
-            step_kernels.multiply_address(dtype, size),
+            step_kernels.multiply_address(dtype, size, rows, weights),
         )
 
     @staticmethod

@@ -14,6 +14,7 @@ from torch import Tensor
 from gircse import refiner, step_kernels
 from gircse.decoders import Decoder
 from gircse.frozen_linear import freeze_linear_layers
+from gircse.int8 import Int8Linear
 from gircse.kernel_steps import KernelSteps
 from gircse.norms import use_fused_norms
 from gircse.packed_linear import PackedLinear, packs_in_place
@@ -67,12 +68,12 @@ def forget() -> None:
     cached: list[Any] = [
         step_kernels.library,
         step_kernels.matrix_library,
+        step_kernels.int8_library,
         step_kernels._function,
         step_kernels.panel_width,
     ]
     cached += [
         step_kernels._matrix_function,
-        step_kernels.multiply_address,
         step_kernels.most_product_rows,
         step_kernels.most_soft_tokens,
     ]
@@ -116,6 +117,15 @@ def packed_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
     if not packs_in_place(dtype) or not step_kernels.panel_width(64, 64, dtype, ROWS_PACKED_FOR):
         pytest.skip("oneDNN packs otherwise on this processor")
     freeze_linear_layers(decoder.transformer, partial(PackedLinear, dtype=dtype))
+    return decoder
+
+
+def int8_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """One whose linear layers have weights of 8 bits, where there are kernels for those on this processor."""
+    decoder = kernel_model(family, dtype)
+    if not step_kernels.panel_width(64, 64, torch.int8, ROWS_PACKED_FOR):
+        pytest.skip("no products of 8 bits, or oneDNN packs otherwise on this processor")
+    freeze_linear_layers(decoder.transformer, Int8Linear)
     return decoder
 
 

@@ -27,8 +27,10 @@ from gircse.errors import UsageError
 from gircse.frozen_linear import freeze_linear_layers
 from gircse.int8 import Int8Linear, check_int8
 from gircse.model import GIRCSE
+from gircse.packed_linear import TableLinear
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
+from tests.tiny import tiny_backbone
 
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five", "", "four"]
 
@@ -66,7 +68,7 @@ def test_products_are_those_of_the_rounded_weights(out: int, width: int, bias: b
     weight = made.matrix().double() * made.scale.unsqueeze(1)
     steps = (weight - layer.weight).abs() / made.scale.unsqueeze(1)
     assert steps.max() <= 0.501, "to the nearest integer"
-    for rows in (1, 3, 64, 65, 300):
+    for rows in (1, 3, 64, 65, 300):  # the sizes are such as kernels take, and such as they leave to oneDNN
         x = (torch.randn(rows, width) * torch.logspace(-3, 3, rows).unsqueeze(1)).to(dtype)
         x[0, 0] = 40 * x[0].abs().max()  # a value that dwarfs its own row and must not touch another
         found, wanted = made(x), F.linear(x.double(), weight, None if layer.bias is None else layer.bias.double())
@@ -231,6 +233,16 @@ def test_other_processes_get_the_weights(quantized: GIRCSE) -> None:
     finally:
         quantized.stop_multi_process_pool(pool)
     assert (1 - torch.diag(quantized.similarity(vectors, quantized.encode(TEXTS)))).max() < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_tied_to_the_table_stays_there(tied: bool, tmp_path: Path) -> None:
+    """Few rows read the table itself: more must not read a copy of it that is rounded."""
+    folder = tiny_backbone(tmp_path, "llama-tied" if tied else "llama")
+    model = GIRCSE.from_backbone(str(folder), num_steps=3, max_seq_length=48, device="cpu").quantize_weights()
+    head = model.encoder.decoder.vocabulary.head
+    assert isinstance(head, TableLinear if tied else Int8Linear)
+    assert not tied or head.weight is model.encoder.decoder.vocabulary.embedding.weight
 
 
 def test_other_models_keep_their_weights_and_a_warning_says_so(

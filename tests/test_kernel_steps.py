@@ -17,7 +17,7 @@ from gircse.model import GIRCSE
 from gircse.packed_linear import packs_in_place
 from gircse.refiner import PromptReading, refine
 from gircse.whole_steps import WholeStep, takes_whole_steps
-from tests.kernel_models import DTYPES, FAMILIES, PACKED, kernel_model, packed_model, recomputed
+from tests.kernel_models import DTYPES, FAMILIES, PACKED, int8_model, kernel_model, packed_model, recomputed
 from tests.tiny import instructed_batch, random_batch, relative_error
 
 LENGTHS = [14, 9, 20, 12, 8, 17, 4, 1, 20, 3]
@@ -121,7 +121,7 @@ def test_a_step_in_one_call(
 ) -> None:
     decoder = packed_model(family, dtype)
     monkeypatch.setattr(refiner, "DECODE_PADDING", 0)  # several groups
-    monkeypatch.setattr(step_kernels, "most_product_rows", lambda *_: 64)
+    monkeypatch.setattr(step_kernels, "most_product_rows", lambda *_, **__: 64)
     ids, mask = instructed_batch(LENGTHS, shared, side="left")
     own = [3, 0, 5, 5, 1, 4, 2, 5, 3, 3]
     with torch.no_grad():
@@ -137,6 +137,28 @@ def test_a_step_in_one_call(
         for row, steps in enumerate(own):
             assert relative_error(states[row, : steps + 1], expected[row, : steps + 1]) <= 1e-4
     assert all(not states[row, steps + 1 :].any() for row, steps in enumerate(own))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", PACKED)
+def test_weights_of_8_bits_in_one_call(
+    family: str, dtype: torch.dtype, compiled: str, whole: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, batch = int8_model(family, dtype), instructed_batch(LENGTHS, 7, side="left")
+    own = [3, 0, 5, 5, 1, 4, 2, 5, 3, 3]
+    with torch.no_grad():
+        states = refine(decoder, *batch, num_steps=own, prompt_tokens=40)
+        assert whole == [9, 8, 7, 4, 3]
+        monkeypatch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
+        by_layers = refine(decoder, *batch, num_steps=own, prompt_tokens=40)
+        all_rows = refine(decoder, *batch, num_steps=5, prompt_tokens=40)
+    exact = recomputed(int8_model(family), *batch, num_steps=5)
+    if dtype == torch.bfloat16:
+        assert relative_error(all_rows, exact) <= 1.5 * relative_error(recomputed(decoder, *batch, num_steps=5), exact)
+        return
+    for row, steps in enumerate(own):  # another last bit of an input is another step of 16 bits
+        assert relative_error(states[row, : steps + 1], exact[row, : steps + 1]) <= 2e-3
+        assert relative_error(by_layers[row], states[row]) <= 2e-3
 
 
 def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list[int]) -> None:

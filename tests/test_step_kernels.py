@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import gircse
 from gircse import soft_tokens, step_kernels
+from gircse.int8 import Int8Linear
 from gircse.kernel_steps import takes_kernels
 from gircse.norms import frugal_norm
 from gircse.packed_linear import PackedLinear, packs_in_place
@@ -28,7 +30,7 @@ def test_installation_compiles_where_there_is_a_compiler() -> None:
     if shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     folder = Path(gircse.__file__).parent
-    for name in ("_step_kernels_avx512", "_step_kernels_avx2", "_matrix_kernels"):
+    for name in ("_step_kernels_avx512", "_step_kernels_avx2", "_matrix_kernels", "_int8_kernels"):
         assert any((folder / f"{name}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
     assert step_kernels.library() is not None
 
@@ -146,7 +148,7 @@ def test_products_with_packed_weights(
     weights, offsets = [torch.randn(out, width) for out in outputs], [torch.randn(out) for out in outputs]
     pairs = list(zip(weights, offsets if bias else [None] * 3, strict=True))
     layers, x = [PackedLinear(*pair, dtype=dtype) for pair in pairs], torch.randn(rows, width).to(dtype)
-    layers = [layer for layer in layers if layer.joins()]
+    layers = [layer for layer in layers if layer.joins(dtype)]
     if not layers:
         pytest.skip("oneDNN packs otherwise on this processor")
     calls: list[int] = []
@@ -170,21 +172,106 @@ def test_products_with_packed_weights(
     assert hooked == [1]
 
 
+def packed(matrix: torch.Tensor, panel: int) -> torch.Tensor:
+    """A weight, (out, in), as oneDNN packs it with so many outputs side by side."""
+    together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[matrix.dtype]
+    return matrix.view(-1, panel, matrix.shape[1] // together, together).transpose(1, 2).contiguous()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("panel", step_kernels.PANELS)
 def test_every_width_of_panels(panel: int, dtype: torch.dtype, compiled: str) -> None:
     """Whatever this processor's oneDNN packs."""
     torch.manual_seed(0)
-    pair = 2 if dtype == torch.bfloat16 else 1
     weights, x = [torch.randn(n * panel, 96).to(dtype) for n in (3, 1)], torch.randn(35, 96).to(dtype)
-    packed = [weight.view(-1, panel, 96 // pair, pair).transpose(1, 2).contiguous() for weight in weights]
-    places = [
-        step_kernels.PackedMatrix(one.data_ptr(), panel, n * panel) for one, n in zip(packed, (3, 1), strict=True)
-    ]
+    kept = [packed(weight, panel) for weight in weights]
+    places = [step_kernels.PackedMatrix(one.data_ptr(), panel, n * panel) for one, n in zip(kept, (3, 1), strict=True)]
     bias = torch.randn(panel).to(dtype)
     first, second = step_kernels.multiply(x, places, [None, bias])
     assert relative_error(first, x.float() @ weights[0].float().T) <= TOLERANCE[dtype]
     assert relative_error(second, F.linear(x.float(), weights[1].float(), bias.float())) <= TOLERANCE[dtype]
+
+
+def skip_without_int8() -> None:
+    if step_kernels.int8_library() is None:
+        pytest.skip("no products of 8 bits on this processor")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("panel", step_kernels.PANELS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 35])
+@pytest.mark.parametrize("width", [128, 80])
+def test_weights_of_8_bits(width: int, rows: int, panel: int, dtype: torch.dtype, compiled: str) -> None:
+    """By vectors and by tiles: the inputs are rounded to 16 bits, and whole numbers do the rest."""
+    skip_without_int8()
+    torch.manual_seed(0)
+    weights = [torch.randint(-127, 128, (n * panel, width), dtype=torch.int8) for n in (3, 1)]
+    scales = [torch.rand(len(weight)) for weight in weights]
+    x, bias = (torch.randn(rows, width) * torch.logspace(-3, 3, rows).unsqueeze(1)).to(dtype), torch.randn(panel)
+    kept = [
+        (packed(one, panel), scale, one.sum(1, dtype=torch.int32)) for one, scale in zip(weights, scales, strict=True)
+    ]
+    places = [step_kernels.PackedMatrix(a.data_ptr(), panel, len(b), b.data_ptr(), c.data_ptr()) for a, b, c in kept]
+    found = step_kernels.multiply(x, places, [None, bias.to(dtype)])
+    for weight, scale, offset, out in zip(weights, scales, (0, bias.to(dtype).double()), found, strict=True):
+        exact = weight.double() * scale.double().unsqueeze(1)  # (out, in)
+        wanted = x.double() @ exact.T + offset
+        half_step = x.double().abs().amax(dim=1, keepdim=True) / 127 / 254 / 2  # of the second part
+        bound = half_step * exact.abs().sum(dim=1) + TOLERANCE[dtype] * wanted.abs() + 1e-6
+        assert bool(((out.double() - wanted).abs() <= bound).all())
+    for row in range(rows):
+        for alone, out in zip(step_kernels.multiply(x[[row]], places, [None, bias.to(dtype)]), found, strict=True):
+            assert relative_error(alone[0], out[row]) <= TOLERANCE[dtype], "a row depends on itself alone"
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_inputs_that_are_no_numbers_stay_none(rows: int, compiled: str) -> None:
+    skip_without_int8()
+    layer, x = Int8Linear(torch.randn(64, 64)), torch.randn(rows, 64)
+    x[0, 5] = float("nan")
+    assert layer.takes(torch.float32)
+    assert layer(x)[0].isnan().all()
+    assert layer(x)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_of_8_bits_are_multiplied_by_kernels(
+    dtype: torch.dtype, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_int8()
+    torch.manual_seed(0)
+    layers = [Int8Linear(torch.randn(out, 128), torch.randn(out).to(dtype)) for out in (192, 64)]
+    many = 300
+    x, calls = torch.randn(many, 128).to(dtype), []
+    multiply = step_kernels.multiply
+    monkeypatch.setattr(step_kernels, "multiply", lambda x, *args: calls.append(len(x)) or multiply(x, *args))
+    found = Int8Linear.products(x, layers)
+    assert calls == ([256, 44] if compiled == "AMX" else []), "with AMX always, some rows at a time"
+    few = Int8Linear.products(x[: step_kernels.MOST_INT8_ROWS], layers)
+    assert calls.pop() == step_kernels.MOST_INT8_ROWS
+    for layer, all_rows, some in zip(layers, found, few, strict=True):
+        assert relative_error(all_rows[: len(some)], some) <= TOLERANCE[dtype]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_kernels, "serves", lambda *_: False)
+            assert not layer.takes(dtype)
+            assert relative_error(layer(x), all_rows) <= TOLERANCE[dtype], "as oneDNN's"
+    assert not layers[0].takes(torch.float16)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    assert not layers[0].takes(other), "whose bias is of another dtype"
+    assert copy.deepcopy(layers[0]).takes(dtype)
+
+
+def test_few_rows_are_multiplied_by_vectors_and_more_by_tiles() -> None:
+    if step_kernels.matrix_library() is None or step_kernels.int8_library() is None:
+        pytest.skip("no AMX, or nothing was compiled for it")
+    weights, most = [step_kernels.PackedMatrix(0, 64, 64, 0, 0)], step_kernels.MOST_VECTOR_ROWS
+    few, more, odd = (
+        step_kernels.multiply_address(torch.float32, inputs, rows, weights)
+        for inputs, rows in ((576, most), (576, most + 1), (80, most + 1))
+    )
+    assert few != more
+    assert few == odd, "tiles take 64 inputs at a time"
+    assert step_kernels.most_product_rows(torch.float32, 80, of_int8=True) == step_kernels.MOST_INT8_ROWS
 
 
 def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +296,9 @@ def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
     assert step_kernels.most_product_rows(torch.bfloat16, 576) > step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
     assert step_kernels.most_product_rows(torch.bfloat16, 48) == step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
     assert step_kernels.most_product_rows(torch.float32, 576) == step_kernels.MOST_PRODUCT_ROWS[torch.float32]
-    own = step_kernels.multiply_address(torch.bfloat16, 576)
-    assert own != step_kernels.multiply_address(torch.bfloat16, 48), "of two libraries"
+    weights = [step_kernels.PackedMatrix(0, 64, 64)]
+    own = step_kernels.multiply_address(torch.bfloat16, 576, 1, weights)
+    assert own != step_kernels.multiply_address(torch.bfloat16, 48, 1, weights), "of two libraries"
     hidden, table = torch.randn(300, 64).bfloat16(), torch.randn(700, 64).bfloat16()
     expected = (hidden.float() @ table.float().T).softmax(dim=-1) @ table.float()
     assert relative_error(step_kernels.soft_tokens(hidden, table, 1.0), expected) <= 6e-3

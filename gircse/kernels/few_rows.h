@@ -61,7 +61,7 @@ INLINE void multiply_rows(const float *x, long rows, long in, const T *panel, co
 template <typename T> INLINE void multiply_job(const float *x, long rows, long in, const Panel<T> &panel)
 {
     const Product<T> &of = *panel.of;
-    const T *packed = of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
+    const T *packed = (const T *)of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
     T *out = of.out + panel.first;
     if (of.panel == 64)
         multiply_rows<64 / LANES>(x, rows, in, packed, bias, of.outputs, out);

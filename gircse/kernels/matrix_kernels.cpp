@@ -1,58 +1,21 @@
 // Products with packed weights, and soft tokens, of bfloat16 by AMX: a tile of 16 rows and 32 inputs times one of 32
-// inputs and 16 outputs in one instruction.
+// inputs and 16 outputs in one instruction. Products with weights of 8 bits: int8_tiles.h.
 //
 // gircse/step_kernels.py loads it where the processor has AMX and prefers it to step_kernels.cpp, whose calls these
 // are. Logits stay in float32, of which PyTorch's products keep 8 bits. What a row gets depends on that row alone.
 
-#include <immintrin.h>
-#include <omp.h>
-
+#include "int8_tiles.h"
+#include "matrices.h"
 #include "products.h"
 
 namespace
 {
 
-constexpr int SIDE = 16;           // rows of a tile, and outputs
 constexpr int DEPTH = 32;          // inputs of a tile
 constexpr int TILE = SIDE * DEPTH; // numbers of bfloat16
 constexpr int SUMS = SIDE * SIDE;  // numbers of float32
-constexpr int LINE = 64;           // bytes of a row of either, where it is by itself
 constexpr int WORDS = 256;         // of the vocabulary that are computed together
 constexpr int AHEAD = 2;           // tiles that are fetched before they are needed
-
-struct alignas(64) TileSizes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE};
-    uint8_t rows[16] = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE};
-};
-
-class Tiles // while it lives, this thread may use them
-{
-  public:
-    Tiles()
-    {
-        static const TileSizes sizes;
-        _tile_loadconfig(&sizes);
-    }
-    ~Tiles()
-    {
-        _tile_release();
-    }
-};
-
-// Memory that a thread keeps: what is allocated anew at every call, the system clears every time.
-class Room
-{
-    std::vector<char> bytes;
-
-  public:
-    char *take(size_t size)
-    {
-        if (bytes.size() < size + LINE)
-            bytes.resize(size + LINE);
-        return (char *)(((uintptr_t)bytes.data() + LINE - 1) / LINE * LINE);
-    }
-};
 
 struct Factor { // two tiles, one under or beside the other, and those that follow them along the inputs
     const bfloat16 *first, *second;
@@ -117,11 +80,6 @@ INLINE void multiply_tiles(const Factor &left, const Factor &right, long count, 
         _tile_stored(3, last, sums.stride);
 }
 
-INLINE long tiles_of(long rows)
-{
-    return (rows + SIDE - 1) / SIDE;
-}
-
 // ---- Products with packed weights ----
 
 // A row into tiles, (tiles of rows, tiles of inputs, SIDE, DEPTH); zeros where there is no such row.
@@ -142,7 +100,7 @@ INLINE void multiply_part(const bfloat16 *tiles, long rows, long in, const Produ
     constexpr int WIDTH = BESIDE ? 2 * SIDE : SIDE;
     alignas(64) float found[2 * SIDE * WIDTH];
     const Sums sums{found, SIDE * WIDTH, SIDE, WIDTH * 4};
-    const bfloat16 *packed = of.packed + first / of.panel * of.panel * in + first % of.panel * 2;
+    const bfloat16 *packed = (const bfloat16 *)of.packed + first / of.panel * of.panel * in + first % of.panel * 2;
     const Factor right{packed, packed + 2 * SIDE, of.panel * 4, DEPTH * of.panel};
     for (long row = 0; row < rows; row += 2 * SIDE) {
         const Factor left{tiles + row * in, tiles + (row + SIDE) * in, LINE, TILE};
@@ -338,6 +296,18 @@ extern "C" void multiply_bfloat16(const bfloat16 *x, int64_t rows, int64_t in, c
         for (long i = 0; i < (long)panels.size(); i++)
             multiply_panel(tiles, rows, in, panels[i]);
     }
+}
+
+extern "C" void multiply_int8_bfloat16(const bfloat16 *x, int64_t rows, int64_t in, const void *products, int64_t count,
+                                       int threads)
+{
+    multiply_int8(x, rows, in, (const Product<bfloat16> *)products, count, threads);
+}
+
+extern "C" void multiply_int8_float32(const float *x, int64_t rows, int64_t in, const void *products, int64_t count,
+                                      int threads)
+{
+    multiply_int8(x, rows, in, (const Product<float> *)products, count, threads);
 }
 
 extern "C" void soft_tokens_bfloat16(const bfloat16 *hidden, int64_t rows, int64_t width, const bfloat16 *table,

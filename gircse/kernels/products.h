@@ -1,7 +1,7 @@
 // Products of the same rows with several weights, as oneDNN packs them.
 //
 // Outputs lie in panels: (panels, in, PANEL) in float32, and in bfloat16 (panels, in / 2, PANEL, 2), two inputs that
-// follow each other side by side.
+// follow each other side by side; of 8 bits, (panels, in / 4, PANEL, 4), four.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,10 @@ namespace
 {
 
 template <typename T> struct Product {
-    const T *packed, *bias; // no bias where it is null
+    const void *packed;     // of T, or of 8 bits where there are scales
+    const float *scales;    // (outputs): what 1 of 8 bits stands for
+    const int32_t *sums;    // (outputs): of the weights of 8 bits
+    const T *bias;          // null where there is none
     T *out;                 // (rows, outputs)
     int64_t panel, outputs; // how many outputs lie together, and all
 };

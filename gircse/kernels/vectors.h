@@ -10,7 +10,7 @@
 namespace
 {
 
-constexpr int VERSION = 3; // of the calls, as in step_kernels.py
+constexpr int VERSION = 4; // of the calls, as in step_kernels.py
 
 #ifdef __AVX512F__
 constexpr int LANES = 16; // numbers of a vector
