@@ -61,12 +61,13 @@ def _hardware() -> dict[str, str]:
     from sentence_transformers.util import get_device_name
 
     from gircse.hardware import fastest_dtype
-    from gircse.step_kernels import library, matrix_library
+    from gircse.step_kernels import int8_library, library, matrix_library
 
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    kernels = "yes, for AMX too" if matrix_library() is not None else "yes"
+    more = [what for what, there in (("AMX", matrix_library()), ("8-bit weights", int8_library())) if there is not None]
+    kernels = f"yes, for {' and '.join(more)} too" if more else "yes"
     without = "no, so a CPU is slower; made at installation where there is g++"
     return {
         "device": f"{device} ({name})",
