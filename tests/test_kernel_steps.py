@@ -185,21 +185,24 @@ def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list
     assert len(whole) == 2
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["copy", "packed", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, packed: bool, compiled: str, whole: list[int]) -> None:
+def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, kind: str, compiled: str, whole: list[int]) -> None:
     """What it is made of could change with transformers, and no result would tell."""
-    if not packs_in_place(dtype):
-        pytest.skip("no packed weights on this processor")
+    if not packs_in_place(dtype) or (kind == "int8" and step_kernels.int8_library() is None):
+        pytest.skip("no such weights on this processor")
     model = GIRCSE(dtype=dtype)
-    if packed:
-        model.pack_weights()
+    change = {"copy": lambda: None, "packed": model.pack_weights, "int8": model.quantize_weights}
+    change[kind]()
     texts = ["how do plants eat?"]
     vector = torch.tensor(model.encode(texts, num_steps=2))
     assert whole == [1, 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
         assert torch.equal(torch.tensor(model.encode(texts, num_steps=2)), vector)
+    if kind == "int8":
+        together = model.encode([*texts, "a longer text", "and others"], num_steps=2)
+        assert 1 - torch.cosine_similarity(vector[0], torch.tensor(together[0]), dim=0) < 2e-4
 
 
 def leave_what_they_do_not_know(decoder: Decoder) -> None:
