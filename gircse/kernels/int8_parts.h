@@ -9,9 +9,9 @@
 namespace
 {
 
-constexpr int ZERO = 127;       // what stands for 0 in either part
-constexpr float PARTS = 254;    // steps of the second part that make one of the first
-constexpr float LARGEST = 127;  // steps of the first part, in both directions
+constexpr int ZERO = 127;      // what stands for 0 in either part
+constexpr float PARTS = 254;   // steps of the second part that make one of the first
+constexpr float LARGEST = 127; // steps of the first part, in both directions
 constexpr float TINY = 1.1754944e-38f;
 
 INLINE void store_bytes(integers x, uint8_t *to)
