@@ -51,14 +51,14 @@ class Int8Linear(KernelLinear):
     """
 
     kind = "8-bit weights"
-    opaque = (*KernelLinear.opaque, "_zeros", "_sums")
+    opaque = (*KernelLinear.opaque, "_zeros", "_read_by_kernels")
     scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         wide = weight.detach().float()
         scale = _scale(wide)  # (out, 1)
-        self.scale = scale.flatten()  # no buffer: it stays float32, and where it is
+        self.scale = scale.flatten()  # no buffer: it stays float32
         self._keep((wide / scale).round_().to(torch.int8))
 
     def _keep(self, matrix: Tensor) -> None:
@@ -67,8 +67,9 @@ class Int8Linear(KernelLinear):
         self.place = None
         panel = step_kernels.panel_width(*matrix.shape, torch.int8, _ROWS_PACKED_FOR)
         if panel is not None:
-            self._sums = matrix.sum(dim=1, dtype=torch.int32)
-            places = [part.data_ptr() for part in (self.scale, self._sums)]
+            # Tensors of their own: a scale that is sent to another process moves to shared memory in this one too.
+            self._read_by_kernels = self.scale.clone(), matrix.sum(dim=1, dtype=torch.int32)
+            places = [part.data_ptr() for part in self._read_by_kernels]
             address = torch.ops.mkldnn.data_ptr(self._packed)
             self.place = step_kernels.PackedMatrix(address, panel, self.out_features, *places)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib.machinery import EXTENSION_SUFFIXES
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,22 @@ def test_inputs_that_are_no_numbers_stay_none(rows: int, compiled: str) -> None:
     assert layer.takes(torch.float32)
     assert layer(x)[0].isnan().all()
     assert layer(x)[1:].isfinite().all()
+
+
+def test_what_kernels_read_stays_where_it_is(compiled: str) -> None:
+    """A tensor that is sent to another process has its memory replaced in this one."""
+    skip_without_int8()
+    torch.manual_seed(0)
+    layer, x = Int8Linear(torch.randn(64, 64), torch.randn(64)), torch.randn(5, 64)
+    expected, before = layer(x), layer.scale.data_ptr()
+    ForkingPickler.dumps(layer)
+    assert layer.scale.data_ptr() != before, "or there is nothing to fear"
+    assert layer.place is not None
+    assert layer.place.scales != before
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    layer.bfloat16()
+    assert relative_error(layer(x.bfloat16()), expected) <= 2e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
