@@ -68,7 +68,8 @@ class KernelLinear(FrozenLinear):
             (B, out) of each.
         """
         few = x.dim() == 2 and all(layer.joins(x.dtype) and len(x) <= layer.most_rows(x.dtype) for layer in layers)
-        return KernelLinear._by_kernels(x, layers) if few else [layer(x) for layer in layers]
+        together = few and len(set(map(type, layers))) == 1
+        return KernelLinear._by_kernels(x, layers) if together else [layer(x) for layer in layers]
 
     @staticmethod
     def _by_kernels(rows: Tensor, layers: Sequence[KernelLinear]) -> list[Tensor]:

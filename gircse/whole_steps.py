@@ -119,7 +119,8 @@ def takes_whole_steps(decoder: Decoder, rows: int) -> bool:
     dtype = decoder.vocabulary.embedding.weight.dtype
     linear = [module for layer in transformer.layers for module in _linear(layer)]
     norms = [norm for layer in transformer.layers for norm in _norms(layer)[1:3] if norm is not None]
-    if not all(isinstance(module, KernelLinear) and module.joins(dtype) for module in linear):
+    are_read = all(isinstance(module, KernelLinear) and module.joins(dtype) for module in linear)
+    if not are_read or len(set(map(type, linear))) > 1:
         return False
     weights = [module.place for module in linear]
     sizes = {module.in_features for module in linear}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gircse import kernel_steps, refiner, step_kernels
 from gircse.decoders import Decoder
+from gircse.int8 import Int8Linear
 from gircse.kernel_steps import takes_kernels
 from gircse.model import GIRCSE
 from gircse.packed_linear import packs_in_place
@@ -176,6 +177,8 @@ def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list
         own = layers[1].mlp.up_proj
         layers[1].mlp.up_proj = torch.nn.Linear(128, 192)
         assert not takes_whole_steps(decoder, 1)
+        layers[1].mlp.up_proj = Int8Linear(torch.randn(192, 128))
+        assert not takes_whole_steps(decoder, 1), "some are of 8 bits"
         layers[1].mlp.up_proj = own
         assert takes_whole_steps(decoder, 1)
         qwen = packed_model("packed-qwen3")

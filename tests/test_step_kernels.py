@@ -272,6 +272,8 @@ def test_layers_of_8_bits_are_multiplied_by_kernels(
             patch.setattr(step_kernels, "serves", lambda *_: False)
             assert not layer.takes(dtype)
             assert relative_error(layer(x), all_rows) <= TOLERANCE[dtype], "as oneDNN's"
+    mixed = [layers[0], PackedLinear(torch.randn(64, 128), dtype=dtype)] if packs_in_place(dtype) else layers[:1]
+    assert relative_error(Int8Linear.products(x, mixed)[0], found[0]) <= TOLERANCE[dtype]
     assert not layers[0].takes(torch.float16)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     assert not layers[0].takes(other), "whose bias is of another dtype"
