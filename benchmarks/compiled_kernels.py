@@ -1,4 +1,4 @@
-"""`encode` with and without compiled kernels, and with all but those for AMX, in turn in one process, medians.
+"""`encode` with and without compiled kernels, and with all but those for AMX and AVX512-BF16, in turn, medians.
 
     python benchmarks/compiled_kernels.py --data DATA/eval
     python benchmarks/compiled_kernels.py --data DATA/eval --dtype float32 -o FILE
@@ -39,10 +39,11 @@ TEXTS = {
 
 @contextmanager
 def kernels(which: str) -> Iterator[None]:
-    """All of them, those that need no AMX, or PyTorch's operations alone."""
+    """All of them, those that every processor has, or PyTorch's operations alone."""
+    without = {"all": (), "without AMX": ("matrix_library",)}.get(which, ("matrix_library", "bfloat16_library"))
     with ExitStack() as stack:
-        if which != "all":
-            stack.enter_context(mock.patch.object(step_kernels, "matrix_library", return_value=None))
+        for library in without:
+            stack.enter_context(mock.patch.object(step_kernels, library, return_value=None))
         if which == "none":
             none = dict.fromkeys(step_kernels.MOST_PRODUCT_ROWS, 0)
             stack.enter_context(mock.patch.object(step_kernels, "serves", return_value=False))
@@ -54,7 +55,7 @@ def kernels(which: str) -> Iterator[None]:
 
 def forget() -> None:
     """Which functions a dtype has."""
-    for function in (step_kernels._matrix_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens):
+    for function in (step_kernels._product_function, step_kernels.most_product_rows, step_kernels.most_soft_tokens):
         function.cache_clear()
 
 
@@ -86,8 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if step_kernels.library() is None:
         parser.error("no kernels were compiled for this machine; install gircse where there is a C++ compiler")
-    by_matrix = arguments.dtype == "bfloat16" and step_kernels.matrix_library() is not None
-    ways = ["all", "without AMX", "none"] if by_matrix else ["all", "none"]
+    ways = ["all", "none"]
+    if arguments.dtype == "bfloat16":
+        libraries = {"without AMX": step_kernels.matrix_library(), "without either": step_kernels.bfloat16_library()}
+        ways[1:1] = [without for without, library in libraries.items() if library is not None]
     model = GIRCSE(dtype=getattr(torch, arguments.dtype)).pack_weights()
     title = f"Seconds of encode in {arguments.dtype}, medians of {arguments.repeats}"
     table = Table("texts", "K", *ways, *(f"{which} to none" for which in ways[:-1]), title=title)

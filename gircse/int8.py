@@ -10,6 +10,7 @@ both cost.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ class Int8Linear(KernelLinear):
         return super().takes(dtype) and step_kernels.serves(dtype, self.in_features)
 
     def most_rows(self, dtype: torch.dtype) -> int:
-        """As of any `KernelLinear`."""
-        return step_kernels.most_product_rows(dtype, self.in_features, of_int8=True)
+        """Any number: the kernels are always faster."""
+        return sys.maxsize
 
     def matrix(self) -> Tensor:
         """W / scale, (out, in) int8."""
@@ -93,7 +94,7 @@ class Int8Linear(KernelLinear):
         """
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if self.takes(x.dtype) and len(rows) <= self.most_rows(x.dtype):
+        if self.takes(x.dtype):
             return self._by_kernels(rows, [self])[0].view(*x.shape[:-1], self.out_features)
         rows = rows.float()
         scale = _scale(rows)  # (N, 1)

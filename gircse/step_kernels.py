@@ -1,9 +1,9 @@
 """The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
 
 Knows tensors and the libraries that are made of ``kernels/step_kernels.cpp``, for processors with AMX of
-``kernels/matrix_kernels.cpp``, and for weights of 8 bits of ``kernels/int8_kernels.cpp``, where there was a compiler
-when this package was installed; knows nothing of layers, texts or files. Without a library, or for another dtype or
-size, PyTorch's operations do the same, slower.
+``kernels/matrix_kernels.cpp``, for others that multiply bfloat16 of ``kernels/bfloat16_kernels.cpp``, and for weights of
+8 bits of ``kernels/int8_kernels.cpp``, where there was a compiler when this package was installed; knows nothing of
+layers, texts or files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower.
 docs/experiments.md has what it buys.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,20 +30,20 @@ PANELS = 64, 48, 32, 16
 MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
 """Rows up to which a product with packed weights is faster here than oneDNN's."""
 
-MOST_INT8_ROWS = 128
-"""As `MOST_PRODUCT_ROWS`, of weights of 8 bits. With AMX they are always faster here."""
-
 MOST_VECTOR_ROWS = 2
 """Rows up to which vectors multiply weights of 8 bits faster than the tiles of AMX."""
 
 MOST_SOFT_TOKENS = {torch.bfloat16: 4, torch.float32: 16}
 """Rows up to which a soft token is faster in one pass over the table than by two products and a softmax."""
 
-MOST_MATRIX_ROWS = 192
-"""As `MOST_PRODUCT_ROWS`, of bfloat16 with AMX. Soft tokens are always faster there."""
+MOST_PAIR_ROWS = 256
+"""As `MOST_PRODUCT_ROWS`, of bfloat16 with AVX512-BF16. Soft tokens are always faster there."""
 
-MATRIX_INPUTS = {torch.bfloat16: 32, torch.int8: 64}
-"""Of a product with AMX, at once, by the dtype of its weights."""
+MOST_MATRIX_ROWS = 192
+"""As `MOST_PAIR_ROWS`, with AMX."""
+
+INPUTS_AT_ONCE = {torch.bfloat16: 32, torch.int8: 64}
+"""Of a product with AMX, or of bfloat16 with AVX512-BF16, by the dtype of its weights."""
 
 VERSION = 4
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
@@ -77,6 +76,13 @@ def matrix_library() -> ctypes.CDLL | None:
     if not (has and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
         return None
     return _load("_matrix_kernels", _DTYPES)
+
+
+@cache
+def bfloat16_library() -> ctypes.CDLL | None:
+    """What was compiled for pairs of bfloat16, where this processor multiplies them; None as of `library`."""
+    has = library() is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return _load("_bfloat16_kernels", _DTYPES) if has and torch.cpu._is_avx512_bf16_supported() else None
 
 
 @cache
@@ -121,15 +127,19 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     return getattr(library(), _entry(name, dtype))
 
 
+def _fast_library(dtype: torch.dtype, inputs: int) -> ctypes.CDLL | None:
+    """Whose products and soft tokens of so many inputs are faster than those of `library`; None where there is none."""
+    serves = dtype == torch.bfloat16 and inputs % INPUTS_AT_ONCE[dtype] == 0
+    return (matrix_library() or bfloat16_library()) if serves else None
+
+
 @cache
-def _matrix_function(name: str, dtype: torch.dtype, inputs: int) -> Callable[..., None] | None:
-    """That of `matrix_library`, if it takes them; otherwise None."""
-    serves = dtype == torch.bfloat16 and inputs % MATRIX_INPUTS[dtype] == 0 and matrix_library() is not None
-    return getattr(matrix_library(), _entry(name, dtype)) if serves else None
+def _product_function(name: str, dtype: torch.dtype, inputs: int) -> Callable[..., None]:
+    return getattr(_fast_library(dtype, inputs) or library(), _entry(name, dtype))
 
 
 def _has_int8_matrices(inputs: int) -> bool:
-    return matrix_library() is not None and inputs % MATRIX_INPUTS[torch.int8] == 0
+    return matrix_library() is not None and inputs % INPUTS_AT_ONCE[torch.int8] == 0
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
@@ -262,11 +272,12 @@ def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: i
 
 
 @cache
-def most_product_rows(dtype: torch.dtype, inputs: int, *, of_int8: bool = False) -> int:
-    """Rows of a dtype and of so many inputs up to which `multiply` is faster than oneDNN."""
-    if of_int8:
-        return sys.maxsize if _has_int8_matrices(inputs) else MOST_INT8_ROWS
-    return MOST_PRODUCT_ROWS[dtype] if _matrix_function("multiply", dtype, inputs) is None else MOST_MATRIX_ROWS
+def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
+    """Rows of a dtype and of so many inputs up to which `multiply` is faster than oneDNN, with weights of that dtype."""
+    fast = _fast_library(dtype, inputs)
+    if fast is None:
+        return MOST_PRODUCT_ROWS[dtype]
+    return MOST_MATRIX_ROWS if fast is matrix_library() else MOST_PAIR_ROWS
 
 
 @dataclass(frozen=True)
@@ -317,7 +328,7 @@ def _multiply_function(
     dtype: torch.dtype, inputs: int, rows: int, weights: Sequence[PackedMatrix]
 ) -> Callable[..., None]:
     if all(weight.scales is None for weight in weights):
-        return _matrix_function("multiply", dtype, inputs) or _function("multiply", dtype)
+        return _product_function("multiply", dtype, inputs)
     by_matrices = rows > MOST_VECTOR_ROWS and _has_int8_matrices(inputs)
     return getattr(matrix_library() if by_matrices else int8_library(), _entry("multiply_int8", dtype))
 
@@ -348,7 +359,7 @@ def step(dtype: torch.dtype, address: int) -> None:
 @cache
 def most_soft_tokens(dtype: torch.dtype, width: int) -> float:
     """Rows up to which `soft_tokens` is faster than two products and a softmax."""
-    return MOST_SOFT_TOKENS[dtype] if _matrix_function("soft_tokens", dtype, width) is None else math.inf
+    return MOST_SOFT_TOKENS[dtype] if _fast_library(dtype, width) is None else math.inf
 
 
 def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -366,7 +377,7 @@ def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
     _check(hidden, table)
     out = torch.empty_like(hidden)
     dtype, width = hidden.dtype, hidden.shape[1]
-    function = _matrix_function("soft_tokens", dtype, width) or _function("soft_tokens", dtype)
+    function = _product_function("soft_tokens", dtype, width)
     pointers = table.data_ptr(), len(table), scale, out.data_ptr()
     function(hidden.data_ptr(), *hidden.shape, *pointers, torch.get_num_threads())
     return out

@@ -68,12 +68,11 @@ def forget() -> None:
     cached: list[Any] = [
         step_kernels.library,
         step_kernels.matrix_library,
+        step_kernels.bfloat16_library,
         step_kernels.int8_library,
         step_kernels._function,
+        step_kernels._product_function,
         step_kernels.panel_width,
-    ]
-    cached += [
-        step_kernels._matrix_function,
         step_kernels.most_product_rows,
         step_kernels.most_soft_tokens,
     ]
@@ -81,7 +80,7 @@ def forget() -> None:
         function.cache_clear()
 
 
-@pytest.fixture(params=["AMX", "AVX512", "AVX2"])
+@pytest.fixture(params=["AMX", "AVX512-BF16", "AVX512", "AVX2"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With each library that was compiled and that this processor runs."""
     own, wanted = torch.backends.cpu.get_cpu_capability(), "AVX2" if request.param == "AVX2" else "AVX512"
@@ -93,6 +92,12 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: wanted)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
     forget()
+    if request.param == "AVX512":
+        load = step_kernels._load
+        others = {"_bfloat16_kernels"}
+        monkeypatch.setattr(step_kernels, "_load", lambda name, *args: None if name in others else load(name, *args))
+    elif request.param == "AVX512-BF16" and step_kernels.bfloat16_library() is None:
+        pytest.skip("this processor does not multiply bfloat16, or nothing was compiled for that")
     if (step_kernels.matrix_library() if matrices else step_kernels.library()) is None:
         pytest.skip("nothing was compiled at installation")
     yield request.param

@@ -83,12 +83,13 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "smollm2-135m" in facts["backbones"]
     _, out, _ = run(monkeypatch, capsys, "info", "--no-model", "--json")
     assert "model" not in json.loads(out)
-    names = "library", "matrix_library", "int8_library"
+    names = "library", "matrix_library", "bfloat16_library", "int8_library"
     for found, told in (
-        ((1, 1, 1), "yes, for AMX and 8-bit weights too"),
-        ((1, 1, None), "yes, for AMX too"),
-        ((1, None, None), "yes"),
-        ((None, None, None), "no, so a CPU is slower; made at installation where there is g++"),
+        ((1, 1, 1, 1), "yes, for AMX, AVX512-BF16 and 8-bit weights too"),
+        ((1, None, 1, 1), "yes, for AVX512-BF16 and 8-bit weights too"),
+        ((1, None, None, 1), "yes, for 8-bit weights too"),
+        ((1, None, None, None), "yes"),
+        ((None, None, None, None), "no, so a CPU is slower; made at installation where there is g++"),
     ):
         for name, library in zip(names, found, strict=True):
             monkeypatch.setattr(step_kernels, name, lambda library=library: library)

@@ -32,7 +32,7 @@ def test_installation_compiles_where_there_is_a_compiler() -> None:
         pytest.skip("no C++ compiler")
     folder = Path(gircse.__file__).parent
     newest = max((source.stat().st_mtime for source in (folder / "kernels").glob("*.*")), default=0)
-    for name in ("_step_kernels_avx512", "_step_kernels_avx2", "_matrix_kernels", "_int8_kernels"):
+    for name in ("_step_kernels_avx512", "_step_kernels_avx2", "_matrix_kernels", "_bfloat16_kernels", "_int8_kernels"):
         made = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
         assert made, f"{name} does not compile"
         assert made[0].stat().st_mtime >= newest, "of an older source: install again, and see what the compiler says"
@@ -266,9 +266,9 @@ def test_layers_of_8_bits_are_multiplied_by_kernels(
     multiply = step_kernels.multiply
     monkeypatch.setattr(step_kernels, "multiply", lambda x, *args: calls.append(len(x)) or multiply(x, *args))
     found = Int8Linear.products(x, layers)
-    assert calls == ([256, 44] if compiled == "AMX" else []), "with AMX always, some rows at a time"
-    few = Int8Linear.products(x[: step_kernels.MOST_INT8_ROWS], layers)
-    assert calls.pop() == step_kernels.MOST_INT8_ROWS
+    assert calls == [256, 44], "always, some rows at a time"
+    few = Int8Linear.products(x[:100], layers)
+    assert calls.pop() == 100
     for layer, all_rows, some in zip(layers, found, few, strict=True):
         assert relative_error(all_rows[: len(some)], some) <= TOLERANCE[dtype]
         with pytest.MonkeyPatch.context() as patch:
@@ -293,7 +293,6 @@ def test_few_rows_are_multiplied_by_vectors_and_more_by_tiles() -> None:
     )
     assert few != more
     assert few == odd, "tiles take 64 inputs at a time"
-    assert step_kernels.most_product_rows(torch.float32, 80, of_int8=True) == step_kernels.MOST_INT8_ROWS
 
 
 def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,10 +311,13 @@ def test_weights_that_are_packed_otherwise_are_left_to_onednn(monkeypatch: pytes
     step_kernels.panel_width.cache_clear()
 
 
-def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
-    if step_kernels.matrix_library() is None:
-        pytest.skip("no AMX, or nothing was compiled for it")
-    assert step_kernels.most_product_rows(torch.bfloat16, 576) > step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
+@pytest.mark.parametrize("library", ["matrix_library", "bfloat16_library"])
+def test_products_of_bfloat16_are_those_of_the_fastest_library(library: str, compiled: str) -> None:
+    wanted = {"AMX": "matrix_library", "AVX512-BF16": "bfloat16_library"}.get(compiled)
+    if library != wanted:
+        pytest.skip("of another library")
+    most = {"matrix_library": step_kernels.MOST_MATRIX_ROWS, "bfloat16_library": step_kernels.MOST_PAIR_ROWS}[library]
+    assert step_kernels.most_product_rows(torch.bfloat16, 576) == most
     assert step_kernels.most_product_rows(torch.bfloat16, 48) == step_kernels.MOST_PRODUCT_ROWS[torch.bfloat16]
     assert step_kernels.most_product_rows(torch.float32, 576) == step_kernels.MOST_PRODUCT_ROWS[torch.float32]
     weights = [step_kernels.PackedMatrix(0, 64, 64)]
@@ -326,3 +328,19 @@ def test_tiles_take_any_number_of_rows_of_bfloat16() -> None:
     assert relative_error(step_kernels.soft_tokens(hidden, table, 1.0), expected) <= 6e-3
     alone = torch.cat([step_kernels.soft_tokens(row, table, 1.0) for row in hidden[:40].split(1)])
     assert torch.equal(step_kernels.soft_tokens(hidden, table, 1.0)[:40], alone), "a row depends on itself alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 39, 40, 41, 100])
+def test_rows_of_a_product_depend_on_themselves_alone(rows: int, dtype: torch.dtype, compiled: str) -> None:
+    """However many there are, and however they are parted among threads."""
+    torch.manual_seed(0)
+    weights, x = [torch.randn(n * 64, 96).to(dtype) for n in (3, 1)], torch.randn(rows, 96).to(dtype)
+    kept = [packed(weight, 64) for weight in weights]
+    places = [step_kernels.PackedMatrix(one.data_ptr(), 64, n * 64) for one, n in zip(kept, (3, 1), strict=True)]
+    found = step_kernels.multiply(x, places, [None, None])
+    for weight, out in zip(weights, found, strict=True):
+        assert relative_error(out, x.float() @ weight.float().T) <= TOLERANCE[dtype]
+    for row in range(rows):
+        for alone, out in zip(step_kernels.multiply(x[[row]], places, [None, None]), found, strict=True):
+            assert torch.equal(alone[0], out[row])

@@ -61,13 +61,14 @@ def _hardware() -> dict[str, str]:
     from sentence_transformers.util import get_device_name
 
     from gircse.hardware import fastest_dtype
-    from gircse.step_kernels import int8_library, library, matrix_library
+    from gircse.step_kernels import bfloat16_library, int8_library, library, matrix_library
 
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    more = [what for what, there in (("AMX", matrix_library()), ("8-bit weights", int8_library())) if there is not None]
-    kernels = f"yes, for {' and '.join(more)} too" if more else "yes"
+    more = {"AMX": matrix_library(), "AVX512-BF16": bfloat16_library(), "8-bit weights": int8_library()}
+    *others, last = [what for what, there in more.items() if there is not None] or [""]
+    kernels = f"yes, for {' and '.join([', '.join(others), last]) if others else last} too" if last else "yes"
     without = "no, so a CPU is slower; made at installation where there is g++"
     return {
         "device": f"{device} ({name})",

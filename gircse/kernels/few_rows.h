@@ -58,11 +58,13 @@ INLINE void multiply_rows(const float *x, long rows, long in, const T *panel, co
     }
 }
 
-template <typename T> INLINE void multiply_job(const float *x, long rows, long in, const Panel<T> &panel)
+template <typename T> INLINE void multiply_job(const float *x, long in, const Panel<T> &panel)
 {
     const Product<T> &of = *panel.of;
+    const long rows = panel.rows;
     const T *packed = (const T *)of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
-    T *out = of.out + panel.first;
+    T *out = of.out + panel.row * of.outputs + panel.first;
+    x += panel.row * in;
     if (of.panel == 64)
         multiply_rows<64 / LANES>(x, rows, in, packed, bias, of.outputs, out);
     else if (of.panel == 48)
@@ -85,10 +87,10 @@ template <typename T>
 void multiply_all(const T *x, long rows, long in, const Product<T> *products, long count, int threads)
 {
     const std::vector<float> wide = widened(x, rows * in);
-    const std::vector<Panel<T>> panels = panels_of(products, count);
+    const std::vector<Panel<T>> panels = panels_of(products, count, rows, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < (long)panels.size(); i++)
-        multiply_job(wide.data(), rows, in, panels[i]);
+        multiply_job(wide.data(), in, panels[i]);
 }
 
 } // namespace

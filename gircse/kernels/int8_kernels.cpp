@@ -5,25 +5,18 @@
 #include <immintrin.h>
 
 #include "int8_parts.h"
+#include "room.h"
+#include "tiles.h"
 
 namespace
 {
 
-constexpr int MOST_ROWS = 2; // that are computed together
+constexpr long FEW_ROWS = 16; // of which two at a time are multiplied with all outputs of a panel, of more five with half of them
 
-struct Inputs {                         // of all rows
-    std::vector<uint8_t> first, second; // (rows, in)
-    std::vector<float> steps;           // (rows)
+struct Inputs {              // of all rows
+    uint8_t *first, *second; // (rows, in)
+    float *steps;            // (rows)
 };
-
-template <typename T> Inputs parts_of(const T *x, long rows, long in)
-{
-    Inputs inputs{std::vector<uint8_t>(rows * in), std::vector<uint8_t>(rows * in), std::vector<float>(rows)};
-    for (long r = 0; r < rows; r++)
-        inputs.steps[r] = part_row(x + r * in, in, inputs.first.data() + r * in, inputs.second.data() + r * in,
-                                   [](long k) { return k; });
-    return inputs;
-}
 
 INLINE __m512i four_inputs(const uint8_t *from) // for every output
 {
@@ -32,57 +25,86 @@ INLINE __m512i four_inputs(const uint8_t *from) // for every output
     return _mm512_set1_epi32(four);
 }
 
+// Rows times VECTORS vectors of outputs of a panel, from vector `from` on.
 template <int ROWS, int VECTORS, typename T>
-INLINE void multiply_panel(const Inputs &x, long row, long in, const Panel<T> &panel)
+INLINE void multiply_part(const Inputs &x, long row, long in, const Panel<T> &panel, int from)
 {
-    const int8_t *packed = (const int8_t *)panel.of->packed + panel.first * in;
-    const uint8_t *first = x.first.data() + row * in, *second = x.second.data() + row * in;
-    __m512i sums[ROWS][VECTORS] = {}, rests[ROWS][VECTORS] = {};
-    for (long k = 0; k < in; k += 4, packed += 4 * VECTORS * LANES)
+    const int8_t *packed = (const int8_t *)panel.of->packed + panel.first * in + 4 * from * LANES;
+    const uint8_t *first = x.first + row * in, *second = x.second + row * in;
+    const long stride = 4 * panel.of->panel;
+    integers sums[ROWS][VECTORS], rests[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = rests[r][v] = integers{};
+    for (long k = 0; k < in; k += 4, packed += stride) {
+        __m512i weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            weights[v] = _mm512_loadu_si512(packed + 4 * v * LANES);
         for (int r = 0; r < ROWS; r++) {
             const __m512i steps = four_inputs(first + r * in + k), parts = four_inputs(second + r * in + k);
             for (int v = 0; v < VECTORS; v++) {
-                const __m512i weights = _mm512_loadu_si512(packed + 4 * v * LANES);
-                sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], steps, weights);
-                rests[r][v] = _mm512_dpbusd_epi32(rests[r][v], parts, weights);
+                sums[r][v] = (integers)_mm512_dpbusd_epi32((__m512i)sums[r][v], steps, weights[v]);
+                rests[r][v] = (integers)_mm512_dpbusd_epi32((__m512i)rests[r][v], parts, weights[v]);
             }
         }
+    }
+#pragma GCC unroll 4 // or the sums are in memory all the time, to be found by a number that changes
     for (int v = 0; v < VECTORS; v++) {
-        const Outputs<T> outputs = outputs_of(*panel.of, panel.first + v * LANES);
+        const Outputs<T> outputs = outputs_of(*panel.of, panel.first + (from + v) * LANES);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
-            store_row(outputs, row + r, x.steps[row + r], (integers)sums[r][v], (integers)rests[r][v]);
+            store_row(outputs, row + r, x.steps[row + r], sums[r][v], rests[r][v]);
     }
 }
 
-template <int VECTORS, typename T> INLINE void multiply_rows(const Inputs &x, long rows, long in, const Panel<T> &panel)
+template <int VECTORS, typename T> INLINE void multiply_rows(const Inputs &x, long in, const Panel<T> &panel)
 {
-    long row = 0;
-    for (; row + MOST_ROWS <= rows; row += MOST_ROWS)
-        multiply_panel<MOST_ROWS, VECTORS>(x, row, in, panel);
-    for (; row < rows; row++)
-        multiply_panel<1, VECTORS>(x, row, in, panel);
+    const long end = panel.row + panel.rows;
+    if (panel.rows <= FEW_ROWS) {
+        for (long row = panel.row; row < end; row += 2)
+            by_tile<2>(end - row, [&](auto count) __attribute__((always_inline)) {
+                multiply_part<count, VECTORS>(x, row, in, panel, 0);
+            });
+        return;
+    }
+    for (long row = panel.row; row < end; row += 5)
+        by_tile<5>(end - row, [&](auto count) __attribute__((always_inline)) {
+            for (int v = 0; v + 2 <= VECTORS; v += 2)
+                multiply_part<count, 2>(x, row, in, panel, v);
+            if (VECTORS % 2)
+                multiply_part<count, 1>(x, row, in, panel, VECTORS - 1);
+        });
 }
 
-template <typename T> INLINE void multiply_job(const Inputs &x, long rows, long in, const Panel<T> &panel)
+template <typename T> INLINE void multiply_job(const Inputs &x, long in, const Panel<T> &panel)
 {
     if (panel.of->panel == 64)
-        multiply_rows<64 / LANES>(x, rows, in, panel);
+        multiply_rows<64 / LANES>(x, in, panel);
     else if (panel.of->panel == 48)
-        multiply_rows<48 / LANES>(x, rows, in, panel);
+        multiply_rows<48 / LANES>(x, in, panel);
     else if (panel.of->panel == 32)
-        multiply_rows<32 / LANES>(x, rows, in, panel);
+        multiply_rows<32 / LANES>(x, in, panel);
     else
-        multiply_rows<16 / LANES>(x, rows, in, panel);
+        multiply_rows<16 / LANES>(x, in, panel);
 }
 
 template <typename T>
 void multiply_all(const T *x, long rows, long in, const Product<T> *products, long count, int threads)
 {
-    const Inputs inputs = parts_of(x, rows, in);
-    const std::vector<Panel<T>> panels = panels_of(products, count);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < (long)panels.size(); i++)
-        multiply_job(inputs, rows, in, panels[i]);
+    static thread_local Room room;
+    uint8_t *first = (uint8_t *)room.take(rows * (2 * in + sizeof(float)));
+    const Inputs inputs{first, first + rows * in, (float *)(first + 2 * rows * in)};
+    const std::vector<Panel<T>> panels = panels_of(products, count, rows, threads);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++)
+            inputs.steps[r] = part_row(x + r * in, in, inputs.first + r * in, inputs.second + r * in,
+                                       [](long k) { return k; });
+#pragma omp for schedule(static)
+        for (long i = 0; i < (long)panels.size(); i++)
+            multiply_job(inputs, in, panels[i]);
+    }
 }
 
 } // namespace

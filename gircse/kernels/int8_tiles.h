@@ -101,7 +101,7 @@ void multiply_int8(const T *x, long rows, long in, const Product<T> *products, l
     const long tiled = tiles_of(rows) * SIDE;
     char *taken = room.take(2 * tiled * in + tiled * sizeof(float));
     const TiledInputs inputs{(uint8_t *)taken, (uint8_t *)taken + tiled * in, (float *)(taken + 2 * tiled * in)};
-    const std::vector<Panel<T>> panels = panels_of(products, count);
+    const std::vector<Panel<T>> panels = panels_of(products, count, rows);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)

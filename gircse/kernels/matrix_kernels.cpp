@@ -285,7 +285,7 @@ extern "C" void multiply_bfloat16(const bfloat16 *x, int64_t rows, int64_t in, c
 {
     static thread_local Room room;
     bfloat16 *tiles = (bfloat16 *)room.take(tiles_of(rows) * SIDE * in * sizeof(bfloat16));
-    const std::vector<Panel<bfloat16>> panels = panels_of((const Product<bfloat16> *)products, count);
+    const std::vector<Panel<bfloat16>> panels = panels_of((const Product<bfloat16> *)products, count, rows);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)

@@ -11,6 +11,8 @@
 namespace
 {
 
+constexpr long LEAST_ROWS = 20; // of a job, where a panel is more than one
+
 template <typename T> struct Product {
     const void *packed;     // of T, or of 8 bits where there are scales
     const float *scales;    // (outputs): what 1 of 8 bits stands for
@@ -20,17 +22,24 @@ template <typename T> struct Product {
     int64_t panel, outputs; // how many outputs lie together, and all
 };
 
-template <typename T> struct Panel {
+template <typename T> struct Panel { // of a weight, and the rows that are multiplied with it
     const Product<T> *of;
     long first; // output
+    long row, rows;
 };
 
-template <typename T> std::vector<Panel<T>> panels_of(const Product<T> *products, long count)
+// With enough rows, a panel's are parted among jobs that follow each other: three panels are no two threads' work.
+template <typename T>
+std::vector<Panel<T>> panels_of(const Product<T> *products, long count, long rows, int threads = 1)
 {
+    const long most = rows / LEAST_ROWS, parts = most < 1 ? 1 : most < threads ? most : threads;
     std::vector<Panel<T>> panels;
     for (const Product<T> *of = products; of < products + count; of++)
         for (long first = 0; first < of->outputs; first += of->panel)
-            panels.push_back({of, first});
+            for (long i = 0; i < parts; i++) {
+                const long row = rows * i / parts;
+                panels.push_back({of, first, row, rows * (i + 1) / parts - row});
+            }
     return panels;
 }
 

@@ -11,16 +11,12 @@ namespace
 constexpr int TILE = 4; // queries, or rows of a product, that are computed together
 
 // Call with how many of what is left are computed together, as a type, so that loops over them are unrolled.
-template <typename Work> INLINE void by_tile(long left, Work work)
+template <int MOST = TILE, typename Work> INLINE void by_tile(long left, Work work)
 {
-    if (left == 1)
-        work(std::integral_constant<int, 1>{});
-    else if (left == 2)
-        work(std::integral_constant<int, 2>{});
-    else if (left == 3)
-        work(std::integral_constant<int, 3>{});
-    else
-        work(std::integral_constant<int, TILE>{});
+    if constexpr (MOST > 1)
+        if (left < MOST)
+            return by_tile<MOST - 1>(left, work);
+    work(std::integral_constant<int, MOST>{});
 }
 
 } // namespace

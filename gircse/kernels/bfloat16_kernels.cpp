@@ -1,0 +1,201 @@
+// Products with packed weights, and soft tokens, of bfloat16 by pairs: sixteen pairs of such numbers are multiplied and
+// added up in float32 by one instruction (AVX512-BF16).
+//
+// gircse/step_kernels.py loads it where the processor has that and no AMX, and prefers it to step_kernels.cpp, whose
+// calls these are. What a row gets depends on that row alone.
+
+#include <immintrin.h>
+
+#include "soft_token.h"
+
+namespace
+{
+
+constexpr int PAIRS = 2 * LANES; // numbers that are multiplied at once
+constexpr int PRODUCT_ROWS = 5;  // of a product, that are computed together: of six, sums leave the registers
+constexpr int MIXED_ROWS = 8;    // of a soft token
+constexpr int SIDE = 4;          // rows and words whose logits are computed together
+
+INLINE __m512bh pairs(const bfloat16 *from)
+{
+    return (__m512bh)_mm512_loadu_si512(from);
+}
+
+INLINE __m512bh pair(const bfloat16 *from) // for every output
+{
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// ---- Products with packed weights ----
+
+template <int ROWS, int VECTORS>
+INLINE void multiply_panel(const bfloat16 *x, long in, const bfloat16 *packed, const bfloat16 *bias, long stride,
+                           bfloat16 *out)
+{
+    __m512 total[ROWS][VECTORS];
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < ROWS; r++)
+            total[r][v] = (__m512)(bias ? load(bias + v * LANES) : floats{});
+    for (long k = 0; k < in; k += 2, packed += VECTORS * PAIRS) {
+        __m512bh weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            weights[v] = pairs(packed + v * PAIRS);
+        for (int r = 0; r < ROWS; r++) {
+            const __m512bh both = pair(x + r * in + k);
+            for (int v = 0; v < VECTORS; v++)
+                total[r][v] = _mm512_dpbf16_ps(total[r][v], weights[v], both);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            store((floats)total[r][v], out + r * stride + v * LANES);
+}
+
+template <int VECTORS> INLINE void multiply_rows(const bfloat16 *x, long in, const Panel<bfloat16> &panel)
+{
+    const Product<bfloat16> &of = *panel.of;
+    const bfloat16 *packed = (const bfloat16 *)of.packed + panel.first * in;
+    const bfloat16 *bias = of.bias ? of.bias + panel.first : nullptr;
+    for (long done = 0; done < panel.rows; done += PRODUCT_ROWS) {
+        const long row = panel.row + done;
+        bfloat16 *out = of.out + row * of.outputs + panel.first;
+        by_tile<PRODUCT_ROWS>(panel.rows - done, [&](auto count) __attribute__((always_inline)) {
+            multiply_panel<count, VECTORS>(x + row * in, in, packed, bias, of.outputs, out);
+        });
+    }
+}
+
+INLINE void multiply_job(const bfloat16 *x, long in, const Panel<bfloat16> &panel)
+{
+    if (panel.of->panel == 64)
+        multiply_rows<64 / LANES>(x, in, panel);
+    else if (panel.of->panel == 48)
+        multiply_rows<48 / LANES>(x, in, panel);
+    else if (panel.of->panel == 32)
+        multiply_rows<32 / LANES>(x, in, panel);
+    else
+        multiply_rows<16 / LANES>(x, in, panel);
+}
+
+// ---- The soft token: softmax(h·Eᵀ) · E, with one pass over the table ----
+
+// Sums of four vectors, four times over: of a, b, c and d in every quarter, each of a quarter of the lanes.
+INLINE __m512 sum_quarters(const __m512 *x)
+{
+    const __m512 ab = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+    const __m512 cd = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+    const __m512d first = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), second = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    return (__m512)first + (__m512)second;
+}
+
+INLINE __m512 join_quarters(__m512 a, __m512 b) // those of each added up by twos
+{
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+}
+
+template <int ROWS>
+INLINE void score_words(const bfloat16 *hidden, long width, const bfloat16 *table, long n, float scale, float *scores)
+{
+    for (long word = 0; word < n; word += SIDE) {
+        const bfloat16 *vectors[SIDE];
+        for (long i = 0; i < SIDE; i++) // beyond the last word, that word again
+            vectors[i] = table + (word + i < n ? word + i : n - 1) * width;
+        __m512 found[SIDE][SIDE] = {};
+        for (long d = 0; d < width; d += PAIRS) {
+            __m512bh x[SIDE];
+            for (int i = 0; i < SIDE; i++)
+                x[i] = pairs(vectors[i] + d);
+            for (int r = 0; r < ROWS; r++)
+                for (int i = 0; i < SIDE; i++)
+                    found[r][i] = _mm512_dpbf16_ps(found[r][i], x[i], pairs(hidden + r * width + d));
+        }
+        const __m512 first = join_quarters(sum_quarters(found[0]), sum_quarters(found[1]));
+        const __m512 second = join_quarters(sum_quarters(found[2]), sum_quarters(found[3]));
+        const floats sums = (floats)join_quarters(first, second) * scale; // (rows, words)
+        for (int r = 0; r < ROWS; r++)
+            memcpy(scores + r * WORDS + word, (const float *)&sums + r * SIDE, SIDE * sizeof(float));
+    }
+}
+
+// Adds what `weights` make of the words to each row, (rows, width), whose numbers stay in the order of `place_of`.
+template <int ROWS>
+INLINE void mix_words(const bfloat16 *weights, const bfloat16 *table, long n, long width, float *mixed)
+{
+    for (long d = 0; d < width; d += PAIRS) {
+        __m512 total[ROWS][2] = {};
+        for (long word = 0; word < n; word += 2) {
+            const __m512i even = _mm512_loadu_si512(table + word * width + d);
+            const __m512i odd = word + 1 < n ? _mm512_loadu_si512(table + (word + 1) * width + d) : __m512i{};
+            const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+            const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+            for (int r = 0; r < ROWS; r++) {
+                const __m512bh both = pair(weights + r * WORDS + word);
+                total[r][0] = _mm512_dpbf16_ps(total[r][0], low, both);
+                total[r][1] = _mm512_dpbf16_ps(total[r][1], high, both);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int half = 0; half < 2; half++) {
+                float *at = mixed + r * width + d + half * LANES;
+                store(load(at) + (floats)total[r][half], at);
+            }
+    }
+}
+
+INLINE long place_of(long d) // unpacking puts four numbers of eight into the lower half of a vector
+{
+    return d / PAIRS * PAIRS + d % 8 / 4 * LANES + d % PAIRS / 8 * 4 + d % 4;
+}
+
+void soften_block(const bfloat16 *hidden, long rows, long width, const bfloat16 *table, long n, float scale,
+                  float *scores, bfloat16 *weights, Share &share)
+{
+    for (long r = 0; r < rows; r += SIDE)
+        by_tile<SIDE>(rows - r, [&](auto count) __attribute__((always_inline)) {
+            score_words<count>(hidden + r * width, width, table, n, scale, scores + r * WORDS);
+        });
+    for (long r = 0; r < rows; r++) {
+        soften_row(scores + r * WORDS, n, width, share.most[r], share.total[r], share.mixed.data() + r * width);
+        for (long word = 0; word < n; word += LANES)
+            store(load(scores + r * WORDS + word), weights + r * WORDS + word);
+    }
+    for (long r = 0; r < rows; r += MIXED_ROWS)
+        by_tile<MIXED_ROWS>(rows - r, [&](auto count) __attribute__((always_inline)) {
+            mix_words<count>(weights + r * WORDS, table, n, width, share.mixed.data() + r * width);
+        });
+}
+
+} // namespace
+
+// ---- What Python calls ----
+
+extern "C" void multiply_bfloat16(const bfloat16 *x, int64_t rows, int64_t in, const void *products, int64_t count,
+                                  int threads)
+{
+    const std::vector<Panel<bfloat16>> panels = panels_of((const Product<bfloat16> *)products, count, rows, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < (long)panels.size(); i++)
+        multiply_job(x, in, panels[i]);
+}
+
+extern "C" void soft_tokens_bfloat16(const bfloat16 *hidden, int64_t rows, int64_t width, const bfloat16 *table,
+                                     int64_t vocabulary, float scale, bfloat16 *out, int threads)
+{
+    const auto shares = shares_of(vocabulary, rows, width, threads, [&](long word, Share &share) {
+        static thread_local std::vector<float> scores;
+        static thread_local std::vector<bfloat16> weights;
+        scores.resize(rows * WORDS);
+        weights.resize(rows * WORDS);
+        const long left = vocabulary - word;
+        soften_block(hidden, rows, width, table + word * width, left < WORDS ? left : WORDS, scale, scores.data(),
+                     weights.data(), share);
+    });
+    join_shares(shares, rows, width, out, place_of);
+}
+
+extern "C" int version()
+{
+    return VERSION;
+}
