@@ -1,8 +1,8 @@
 """The compiled part of a soft token on a CPU: attention, positions, norms, gates, products of few rows, and p·E.
 
 Knows tensors and the libraries that are made of ``kernels/step_kernels.cpp``, for processors with AMX of
-``kernels/matrix_kernels.cpp``, for others that multiply bfloat16 of ``kernels/bfloat16_kernels.cpp``, and for weights of
-8 bits of ``kernels/int8_kernels.cpp``, where there was a compiler when this package was installed; knows nothing of
+``kernels/matrix_kernels.cpp``, for others that multiply bfloat16 of ``kernels/bfloat16_kernels.cpp``, and for weights
+of 8 bits of ``kernels/int8_kernels.cpp``, where there was a compiler when this package was installed; knows nothing of
 layers, texts or files. Without a library, or for another dtype or size, PyTorch's operations do the same, slower.
 docs/experiments.md has what it buys.
 """
@@ -273,7 +273,7 @@ def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: i
 
 @cache
 def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
-    """Rows of a dtype and of so many inputs up to which `multiply` is faster than oneDNN, with weights of that dtype."""
+    """Rows of so many inputs up to which `multiply` is faster than oneDNN, with weights of the same dtype."""
     fast = _fast_library(dtype, inputs)
     if fast is None:
         return MOST_PRODUCT_ROWS[dtype]
