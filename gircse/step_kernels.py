@@ -33,8 +33,9 @@ MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
 MOST_VECTOR_ROWS = 2
 """Rows up to which vectors multiply weights of 8 bits faster than the tiles of AMX."""
 
-MOST_SOFT_TOKENS = {torch.bfloat16: 4, torch.float32: 16}
-"""Rows up to which a soft token is faster in one pass over the table than by two products and a softmax."""
+MOST_SOFT_TOKENS = 16
+"""Rows up to which a soft token is faster in one pass over the table than by two products and a softmax, where not
+always."""
 
 MOST_PAIR_ROWS = 256
 """As `MOST_PRODUCT_ROWS`, of bfloat16 with AVX512-BF16. Soft tokens are always faster there."""
@@ -358,8 +359,15 @@ def step(dtype: torch.dtype, address: int) -> None:
 
 @cache
 def most_soft_tokens(dtype: torch.dtype, width: int) -> float:
-    """Rows up to which `soft_tokens` is faster than two products and a softmax."""
-    return MOST_SOFT_TOKENS[dtype] if _fast_library(dtype, width) is None else math.inf
+    """Rows up to which `soft_tokens` is faster than two products and a softmax.
+
+    With AVX512 any number; with AVX2, any of bfloat16, which such processors do not multiply.
+    """
+    if dtype == torch.float32:
+        always = _lanes() == 16
+    else:
+        always = _fast_library(dtype, width) is not None or not torch.cpu._is_avx512_bf16_supported()
+    return math.inf if always else MOST_SOFT_TOKENS
 
 
 def soft_tokens(hidden: Tensor, table: Tensor, scale: float) -> Tensor:

@@ -108,8 +108,8 @@ def test_positions_norms_and_gates(rows: int, dtype: torch.dtype, compiled: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 16, 33, 50])
-@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 576), (97, 64), (512, 96), (3, 16)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 16, 33, 150])
+@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 576), (97, 64), (512, 96), (3, 16), (66, 80)])
 def test_soft_tokens(rows: int, vocabulary: int, width: int, dtype: torch.dtype, compiled: str) -> None:
     torch.manual_seed(0)
     hidden, table = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
@@ -123,7 +123,7 @@ def test_soft_tokens(rows: int, vocabulary: int, width: int, dtype: torch.dtype,
 def test_a_soft_token_is_read_once_where_head_and_table_are_one(compiled: str, taken: dict[str, int]) -> None:
     torch.manual_seed(0)
     vocabulary = kernel_model().vocabulary
-    few = step_kernels.MOST_SOFT_TOKENS[torch.float32]
+    few = step_kernels.MOST_SOFT_TOKENS
     hidden = torch.randn(few, 64)
     with torch.no_grad():
         expected = vocabulary.by_products(hidden, 0.6)
@@ -132,10 +132,11 @@ def test_a_soft_token_is_read_once_where_head_and_table_are_one(compiled: str, t
         assert relative_error(vocabulary.soft_token(hidden, 0.6, compiled=True), expected) <= 1e-6
         assert taken["soft tokens"] == 1
         vocabulary.soft_token(torch.randn(few + 1, 64), compiled=True)
+        assert taken["soft tokens"] == (1 if compiled == "AVX2" else 2), "with AVX512 any number of rows"
         kernel_model("own-heads").vocabulary.soft_token(hidden, compiled=True)
         capped = soft_tokens.Vocabulary(vocabulary.head, vocabulary.embedding, logit_cap=3.0)
         capped.soft_token(hidden, compiled=True)
-    assert taken["soft tokens"] == 1
+    assert taken["soft tokens"] == (1 if compiled == "AVX2" else 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,8 +13,6 @@ namespace
 
 constexpr int PAIRS = 2 * LANES; // numbers that are multiplied at once
 constexpr int PRODUCT_ROWS = 5;  // of a product, that are computed together: of six, sums leave the registers
-constexpr int MIXED_ROWS = 8;    // of a soft token
-constexpr int SIDE = 4;          // rows and words whose logits are computed together
 
 INLINE __m512bh pairs(const bfloat16 *from)
 {
@@ -81,48 +79,36 @@ INLINE void multiply_job(const bfloat16 *x, long in, const Panel<bfloat16> &pane
 
 // ---- The soft token: softmax(h·Eᵀ) · E, with one pass over the table ----
 
-// Sums of four vectors, four times over: of a, b, c and d in every quarter, each of a quarter of the lanes.
-INLINE __m512 sum_quarters(const __m512 *x)
-{
-    const __m512 ab = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
-    const __m512 cd = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
-    const __m512d first = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), second = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-    return (__m512)first + (__m512)second;
-}
-
-INLINE __m512 join_quarters(__m512 a, __m512 b) // those of each added up by twos
-{
-    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-}
-
 template <int ROWS>
-INLINE void score_words(const bfloat16 *hidden, long width, const bfloat16 *table, long n, float scale, float *scores)
+INLINE void score_pairs(const bfloat16 *hidden, long width, const bfloat16 *table, long n, float scale, float *scores)
 {
-    for (long word = 0; word < n; word += SIDE) {
-        const bfloat16 *vectors[SIDE];
-        for (long i = 0; i < SIDE; i++) // beyond the last word, that word again
-            vectors[i] = table + (word + i < n ? word + i : n - 1) * width;
-        __m512 found[SIDE][SIDE] = {};
+    for (long word = 0; word < n; word += SCORED) {
+        const bfloat16 *words[SCORED];
+        for (long i = 0; i < SCORED; i++) // beyond the last word, that word again
+            words[i] = table + (word + i < n ? word + i : n - 1) * width;
+        floats found[SCORED_ROWS * SCORED] = {};
         for (long d = 0; d < width; d += PAIRS) {
-            __m512bh x[SIDE];
-            for (int i = 0; i < SIDE; i++)
-                x[i] = pairs(vectors[i] + d);
+            __m512bh x[SCORED];
+            for (int i = 0; i < SCORED; i++)
+                x[i] = pairs(words[i] + d);
             for (int r = 0; r < ROWS; r++)
-                for (int i = 0; i < SIDE; i++)
-                    found[r][i] = _mm512_dpbf16_ps(found[r][i], x[i], pairs(hidden + r * width + d));
+                for (int i = 0; i < SCORED; i++) {
+                    floats &sum = found[r * SCORED + i];
+                    sum = (floats)_mm512_dpbf16_ps((__m512)sum, x[i], pairs(hidden + r * width + d));
+                }
         }
-        const __m512 first = join_quarters(sum_quarters(found[0]), sum_quarters(found[1]));
-        const __m512 second = join_quarters(sum_quarters(found[2]), sum_quarters(found[3]));
-        const floats sums = (floats)join_quarters(first, second) * scale; // (rows, words)
-        for (int r = 0; r < ROWS; r++)
-            memcpy(scores + r * WORDS + word, (const float *)&sums + r * SIDE, SIDE * sizeof(float));
+        store_scores<ROWS>(sums(found) * scale, scores + word);
     }
 }
 
 // Adds what `weights` make of the words to each row, (rows, width), whose numbers stay in the order of `place_of`.
 template <int ROWS>
-INLINE void mix_words(const bfloat16 *weights, const bfloat16 *table, long n, long width, float *mixed)
+INLINE void mix_pairs(const float *weights, const bfloat16 *table, long n, long width, float *mixed)
 {
+    bfloat16 rounded[ROWS * WORDS];
+    for (int r = 0; r < ROWS; r++)
+        for (long word = 0; word < n; word += LANES)
+            store(load(weights + r * WORDS + word), rounded + r * WORDS + word);
     for (long d = 0; d < width; d += PAIRS) {
         __m512 total[ROWS][2] = {};
         for (long word = 0; word < n; word += 2) {
@@ -131,7 +117,7 @@ INLINE void mix_words(const bfloat16 *weights, const bfloat16 *table, long n, lo
             const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
             const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
             for (int r = 0; r < ROWS; r++) {
-                const __m512bh both = pair(weights + r * WORDS + word);
+                const __m512bh both = pair(rounded + r * WORDS + word);
                 total[r][0] = _mm512_dpbf16_ps(total[r][0], low, both);
                 total[r][1] = _mm512_dpbf16_ps(total[r][1], high, both);
             }
@@ -147,24 +133,6 @@ INLINE void mix_words(const bfloat16 *weights, const bfloat16 *table, long n, lo
 INLINE long place_of(long d) // unpacking puts four numbers of eight into the lower half of a vector
 {
     return d / PAIRS * PAIRS + d % 8 / 4 * LANES + d % PAIRS / 8 * 4 + d % 4;
-}
-
-void soften_block(const bfloat16 *hidden, long rows, long width, const bfloat16 *table, long n, float scale,
-                  float *scores, bfloat16 *weights, Share &share)
-{
-    for (long r = 0; r < rows; r += SIDE)
-        by_tile<SIDE>(rows - r, [&](auto count) __attribute__((always_inline)) {
-            score_words<count>(hidden + r * width, width, table, n, scale, scores + r * WORDS);
-        });
-    for (long r = 0; r < rows; r++) {
-        soften_row(scores + r * WORDS, n, width, share.most[r], share.total[r], share.mixed.data() + r * width);
-        for (long word = 0; word < n; word += LANES)
-            store(load(scores + r * WORDS + word), weights + r * WORDS + word);
-    }
-    for (long r = 0; r < rows; r += MIXED_ROWS)
-        by_tile<MIXED_ROWS>(rows - r, [&](auto count) __attribute__((always_inline)) {
-            mix_words<count>(weights + r * WORDS, table, n, width, share.mixed.data() + r * width);
-        });
 }
 
 } // namespace
@@ -185,12 +153,17 @@ extern "C" void soft_tokens_bfloat16(const bfloat16 *hidden, int64_t rows, int64
 {
     const auto shares = shares_of(vocabulary, rows, width, threads, [&](long word, Share &share) {
         static thread_local std::vector<float> scores;
-        static thread_local std::vector<bfloat16> weights;
         scores.resize(rows * WORDS);
-        weights.resize(rows * WORDS);
-        const long left = vocabulary - word;
-        soften_block(hidden, rows, width, table + word * width, left < WORDS ? left : WORDS, scale, scores.data(),
-                     weights.data(), share);
+        const bfloat16 *words = table + word * width;
+        const long n = vocabulary - word < WORDS ? vocabulary - word : WORDS;
+        soften_words(
+            rows, width, n, scores.data(), share,
+            [&](long r, auto count) __attribute__((always_inline)) {
+                score_pairs<count>(hidden + r * width, width, words, n, scale, scores.data() + r * WORDS);
+            },
+            [&](long r, auto count) __attribute__((always_inline)) {
+                mix_pairs<count>(scores.data() + r * WORDS, words, n, width, share.mixed.data() + r * width);
+            });
     });
     join_shares(shares, rows, width, out, place_of);
 }

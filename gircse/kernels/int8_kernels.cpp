@@ -11,7 +11,9 @@
 namespace
 {
 
-constexpr long FEW_ROWS = 16; // of which two at a time are multiplied with all outputs of a panel, of more five with half of them
+// Up to which two rows at a time meet a whole panel. Of more, five meet two vectors of it: sums stay in registers, and
+// it is read less often.
+constexpr long FEW_ROWS = 16;
 
 struct Inputs {              // of all rows
     uint8_t *first, *second; // (rows, in)
@@ -48,7 +50,8 @@ INLINE void multiply_part(const Inputs &x, long row, long in, const Panel<T> &pa
             }
         }
     }
-#pragma GCC unroll 4 // or the sums are in memory all the time, to be found by a number that changes
+    // Unrolled, or the sums are in memory all the time, to be found by a number that changes.
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
         const Outputs<T> outputs = outputs_of(*panel.of, panel.first + (from + v) * LANES);
 #pragma GCC unroll 8

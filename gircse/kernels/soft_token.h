@@ -1,4 +1,4 @@
-// The soft token of few rows, softmax(h·Eᵀ) · E, with one pass over the table.
+// The soft token, softmax(h·Eᵀ) · E, with one pass over the table.
 #pragma once
 
 #include <utility>
@@ -11,7 +11,10 @@
 namespace
 {
 
-constexpr int WORDS = 64; // of the vocabulary that are computed together
+constexpr int WORDS = 64;                   // of the vocabulary that are computed together
+constexpr int SCORED_ROWS = TILE;           // whose logits are, with some words at once:
+constexpr int SCORED = LANES / SCORED_ROWS; // as many sums as a vector has numbers
+constexpr int MIXED_ROWS = LANES / 2;       // whose sums of words are
 
 struct Share {                             // what a thread has found in its part of the vocabulary, of each row
     std::vector<float> most, total, mixed; // the largest logit; sums of e^(logit - most) and of it times E
@@ -28,50 +31,91 @@ INLINE void soften_row(float *scores, long n, long width, float &most, float &to
         store(load(mixed + d) * shrink, mixed + d);
 }
 
-template <int R, typename T>
-INLINE void soften_words(const float *hidden, long width, const T *table, long n, float *most, float *total,
-                         float *mixed)
+// Of SCORED_ROWS rows, SCORED words each.
+template <int R> INLINE void store_scores(floats scores, float *to)
 {
-    float scores[R][WORDS] = {};
-    for (long t = 0; t < n; t++) {
+    for (int r = 0; r < R; r++)
+        memcpy(to + r * WORDS, (const float *)&scores + r * SCORED, SCORED * sizeof(float));
+}
+
+// Of few rows, word by word, as memory lies.
+template <int R, typename T>
+INLINE void score_in_order(const float *hidden, long width, const T *table, long n, float *scores)
+{
+    for (long word = 0; word < n; word++, table += width) {
         floats found[R] = {};
         for (long d = 0; d < width; d += LANES) {
-            floats x = load(table + t * width + d);
+            const floats x = load(table + d);
             for (int r = 0; r < R; r++)
                 found[r] += load(hidden + r * width + d) * x;
         }
         for (int r = 0; r < R; r++)
-            scores[r][t] = sum(found[r]);
+            scores[r * WORDS + word] = sum(found[r]);
     }
-    for (int r = 0; r < R; r++)
-        soften_row(scores[r], n, width, most[r], total[r], mixed + r * width);
-    long t = 0;
-    for (; t + 4 <= n; t += 4, table += 4 * width)
-        for (long d = 0; d < width; d += LANES) {
-            floats a = load(table + d), b = load(table + width + d);
-            floats c = load(table + 2 * width + d), e = load(table + 3 * width + d);
-            for (int r = 0; r < R; r++) {
-                const float *p = scores[r] + t;
-                store(load(mixed + r * width + d) + (p[0] * a + p[1] * b) + (p[2] * c + p[3] * e),
-                      mixed + r * width + d);
-            }
-        }
-    for (; t < n; t++, table += width)
-        for (long d = 0; d < width; d += LANES)
-            for (int r = 0; r < R; r++)
-                store(load(mixed + r * width + d) + scores[r][t] * load(table + d), mixed + r * width + d);
 }
 
+// Of SCORED_ROWS rows, which several words share a load of.
 template <typename T>
-INLINE void soften_job(const float *hidden, long rows, long width, const T *table, long n, Share &share)
+INLINE void score_words(const float *hidden, long width, const T *table, long n, float *scores)
 {
-    for (long r = 0; r < rows; r += TILE) {
-        const float *h = hidden + r * width;
-        float *most = share.most.data() + r, *total = share.total.data() + r, *mixed = share.mixed.data() + r * width;
-        by_tile(rows - r, [&](auto count) __attribute__((always_inline)) {
-            soften_words<count>(h, width, table, n, most, total, mixed);
-        });
+    for (long word = 0; word < n; word += SCORED) {
+        const T *words[SCORED];
+        for (long i = 0; i < SCORED; i++) // beyond the last word, that word again
+            words[i] = table + (word + i < n ? word + i : n - 1) * width;
+        floats found[SCORED_ROWS * SCORED] = {};
+        for (long d = 0; d < width; d += LANES) {
+            floats x[SCORED];
+            for (int i = 0; i < SCORED; i++)
+                x[i] = load(words[i] + d);
+            for (int r = 0; r < SCORED_ROWS; r++) {
+                const floats h = load(hidden + r * width + d);
+                for (int i = 0; i < SCORED; i++)
+                    found[r * SCORED + i] += h * x[i];
+            }
+        }
+        store_scores<SCORED_ROWS>(sums(found), scores + word);
     }
+}
+
+// Adds what `weights` make of the words to each row, (rows, width): VECTORS vectors of it, from d on.
+template <int R, int VECTORS, typename T>
+INLINE void mix_part(const float *weights, const T *table, long n, long width, long d, float *mixed)
+{
+    floats total[R][VECTORS] = {};
+    for (long word = 0; word < n; word++)
+        for (int v = 0; v < VECTORS; v++) {
+            const floats x = load(table + word * width + d + v * LANES);
+            for (int r = 0; r < R; r++)
+                total[r][v] += weights[r * WORDS + word] * x;
+        }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            float *at = mixed + r * width + d + v * LANES;
+            store(load(at) + total[r][v], at);
+        }
+}
+
+template <int R, typename T>
+INLINE void mix_words(const float *weights, const T *table, long n, long width, float *mixed)
+{
+    constexpr int VECTORS = R < 3 ? 4 : 2; // enough sums that none waits for itself
+    long d = 0;
+    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES)
+        mix_part<R, VECTORS>(weights, table, n, width, d, mixed);
+    for (; d < width; d += LANES)
+        mix_part<R, 1>(weights, table, n, width, d, mixed);
+}
+
+// Of `n` words: `score(row, count)` writes logits of some rows, `mix(row, count)` adds up the words for some.
+template <typename Score, typename Mix>
+INLINE void soften_words(long rows, long width, long n, float *scores, Share &share, Score score, Mix mix)
+{
+    for (long r = 0; r < rows; r += SCORED_ROWS)
+        by_tile<SCORED_ROWS>(rows - r, [&](auto count) __attribute__((always_inline)) { score(r, count); });
+    for (long r = 0; r < rows; r++)
+        soften_row(scores + r * WORDS, n, width, share.most[r], share.total[r], share.mixed.data() + r * width);
+    for (long r = 0; r < rows; r += MIXED_ROWS)
+        by_tile<MIXED_ROWS>(rows - r, [&](auto count) __attribute__((always_inline)) { mix(r, count); });
 }
 
 // `work` is called with the first of WORDS words and the share of its thread.
@@ -121,8 +165,22 @@ void soft_tokens(const T *hidden, long rows, long width, const T *table, long vo
     for (float &x : scaled)
         x *= scale;
     const auto shares = shares_of(vocabulary, rows, width, threads, [&](long word, Share &share) {
-        const long left = vocabulary - word;
-        soften_job(scaled.data(), rows, width, table + word * width, left < WORDS ? left : WORDS, share);
+        static thread_local std::vector<float> scores;
+        scores.resize(rows * WORDS);
+        const T *words = table + word * width;
+        const long n = vocabulary - word < WORDS ? vocabulary - word : WORDS;
+        soften_words(
+            rows, width, n, scores.data(), share,
+            [&](long r, auto count) __attribute__((always_inline)) {
+                const float *some = scaled.data() + r * width;
+                if constexpr (LANES == 16 && count == SCORED_ROWS) // AVX2 has too few registers
+                    if (rows > SCORED_ROWS)
+                        return score_words(some, width, words, n, scores.data() + r * WORDS);
+                score_in_order<count>(some, width, words, n, scores.data() + r * WORDS);
+            },
+            [&](long r, auto count) __attribute__((always_inline)) {
+                mix_words<count>(scores.data() + r * WORDS, words, n, width, share.mixed.data() + r * width);
+            });
     });
     join_shares(shares, rows, width, out, [](long d) { return d; });
 }

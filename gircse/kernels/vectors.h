@@ -68,6 +68,24 @@ INLINE float sum(floats x)
     return total;
 }
 
+// Of as many vectors as one has numbers, the sum of each: of pairs first, then of pairs of those.
+template <int COUNT = LANES> INLINE floats sums(const floats *x)
+{
+    if constexpr (COUNT == 1) {
+        return x[0];
+    } else {
+        integers even, odd;
+        for (int lane = 0; lane < LANES; lane++) {
+            even[lane] = 2 * lane;
+            odd[lane] = 2 * lane + 1;
+        }
+        floats halves[COUNT / 2];
+        for (int i = 0; i < COUNT / 2; i++)
+            halves[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) + __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
+        return sums<COUNT / 2>(halves);
+    }
+}
+
 // e^x as in Cephes' expf, to 2e-7 of it; what is below -87 counts as -87, what is above 88 as 88.
 INLINE floats exponential(floats x)
 {
