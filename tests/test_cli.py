@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -132,6 +133,9 @@ def test_help_is_quick_and_every_verb_has_examples() -> None:
     for command in gircse.cli.app.registered_commands:
         assert command.callback is not None
         assert "[bold]Examples[/bold]" in (command.callback.__doc__ or "")
+        assert command.help is not None
+        for line, following in itertools.pairwise(command.help.splitlines()):
+            assert not line or not following or following.startswith(" "), "the terminal breaks lines, not we"
     helped = subprocess.run([sys.executable, "-m", "gircse", "--help"], capture_output=True, text=True, check=False)
     assert helped.returncode == 0
     for verb in gircse.cli.VERBS:

@@ -5,6 +5,7 @@ Nothing here imports torch: ``gircse --help`` answers at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -45,8 +46,16 @@ VERBS = (
     demo, embed, similarity, explain, index, search, rerank, ask, map, evaluate, report, train, merge, mine, serve,
     info,
 )  # fmt: skip
+
+
+def _flowing(docstring: str | None) -> str:
+    """Help whose paragraphs have a line each, for terminals of any width to break; what is indented stays as it is."""
+    paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(text if text.startswith(" ") else " ".join(text.split("\n")) for text in paragraphs)
+
+
 for command in VERBS:
-    app.command(command.__name__)(command)
+    app.command(command.__name__, help=_flowing(command.__doc__))(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,7 +64,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _gircse(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -86,6 +94,9 @@ def _gircse(
       GIRCSE_API_KEY    key that gircse serve asks for
       GIRCSE_LLM_API_KEY  key of the endpoint that gircse ask --llm uses
     """
+
+
+app.callback(help=_flowing(_gircse.__doc__))(_gircse)
 
 
 def main() -> None:
