@@ -48,6 +48,7 @@ def kernels(which: str) -> Iterator[None]:
             none = dict.fromkeys(step_kernels.MOST_PRODUCT_ROWS, 0)
             stack.enter_context(mock.patch.object(step_kernels, "serves", return_value=False))
             stack.enter_context(mock.patch.object(step_kernels, "MOST_PRODUCT_ROWS", none))
+            stack.enter_context(mock.patch.object(step_kernels, "MOST_NARROW_ROWS", 0))
         forget()
         yield
     forget()

@@ -28,9 +28,12 @@ MOST_ROWS_ON_THE_RIGHT = 64
 
 def packs_in_place(dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed products of a dtype are as fast as any on this machine, with few rows and with many."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype == torch.float32:
+        return capability in ("AVX512", "AVX2")
+    return dtype == torch.bfloat16 and capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 class KernelLinear(FrozenLinear):

@@ -2,9 +2,9 @@
 
 Knows weights, MKL and oneDNN; knows nothing of layers, soft tokens or texts. Every product with few rows reorders the
 whole weight matrix before it multiplies, which costs as much as multiplying. The libraries can do it once and keep the
-result, which takes as much memory as the weights again. PyTorch's own float32 products are MKL's, which leaves AVX512
-unused on processors that are not Intel's; there oneDNN's are faster with any number of rows. docs/experiments.md has
-what it buys.
+result, which takes as much memory as the weights again. PyTorch's own float32 products are MKL's, whose fastest paths
+are for Intel's processors alone; on others oneDNN's are faster with any number of rows. docs/experiments.md has what it
+buys.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def packing_library(dtype: torch.dtype) -> PackingLibrary | None:
     if dtype == torch.bfloat16 and onednn and torch.cpu._is_avx512_bf16_supported():
         # Beyond these rows PyTorch's own products, which are oneDNN's too, are as fast.
         return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, 256)
-    if dtype == torch.float32 and onednn and not is_intel() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    has_vectors = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+    if dtype == torch.float32 and onednn and has_vectors and not is_intel():
         return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, sys.maxsize)
     if dtype == torch.float32 and torch.backends.mkl.is_available():
         return PackingLibrary(torch.ops.mkl._mkl_reorder_linear_weight, _by_mkl, 4, 256)

@@ -30,6 +30,9 @@ PANELS = 64, 48, 32, 16
 MOST_PRODUCT_ROWS = {torch.bfloat16: 6, torch.float32: 64}
 """Rows up to which a product with packed weights is faster here than oneDNN's."""
 
+MOST_NARROW_ROWS = 16
+"""As `MOST_PRODUCT_ROWS`, with AVX2."""
+
 MOST_VECTOR_ROWS = 2
 """Rows up to which vectors multiply weights of 8 bits faster than the tiles of AMX."""
 
@@ -277,7 +280,7 @@ def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
     """Rows of so many inputs up to which `multiply` is faster than oneDNN, with weights of the same dtype."""
     fast = _fast_library(dtype, inputs)
     if fast is None:
-        return MOST_PRODUCT_ROWS[dtype]
+        return MOST_PRODUCT_ROWS[dtype] if _lanes() == 16 else MOST_NARROW_ROWS
     return MOST_MATRIX_ROWS if fast is matrix_library() else MOST_PAIR_ROWS
 
 
