@@ -224,8 +224,11 @@ def test_packed_weights_are_not_quantised(packed: GIRCSE, monkeypatch: pytest.Mo
 def test_nothing_changes_where_it_would_not_pay(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = untrained(backbone)
     with monkeypatch.context() as patch:
-        patch.setattr(packed_linear.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        patch.setattr(packed_linear.torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
         assert not model.pack_weights().encoder.frozen
+        patch.setattr(packed_linear.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        assert packs_in_place(torch.float32) == torch.backends.mkldnn.is_available()
+        assert not packs_in_place(torch.bfloat16), "which such processors do not multiply"
     model.encoder.packed_weights.enabled = False  # GIRCSE_PACKED_WEIGHTS=0
     assert not model.pack_weights().encoder.frozen
     assert not model.half().pack_weights().encoder.frozen
