@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // Inlined, so that counts that are known where it is called are constants in it.
 #define INLINE static inline __attribute__((always_inline))
@@ -68,20 +69,26 @@ INLINE float sum(floats x)
     return total;
 }
 
+// Every second number of two vectors, from the first or from the second on.
+template <int FROM, size_t... I> INLINE floats every_second(floats a, floats b, std::index_sequence<I...>)
+{
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (2 * I + FROM)...);
+#else
+    return __builtin_shuffle(a, b, integers{(int32_t)(2 * I + FROM)...});
+#endif
+}
+
 // Of as many vectors as one has numbers, the sum of each: of pairs first, then of pairs of those.
 template <int COUNT = LANES> INLINE floats sums(const floats *x)
 {
     if constexpr (COUNT == 1) {
         return x[0];
     } else {
-        integers even, odd;
-        for (int lane = 0; lane < LANES; lane++) {
-            even[lane] = 2 * lane;
-            odd[lane] = 2 * lane + 1;
-        }
+        constexpr std::make_index_sequence<LANES> lanes;
         floats halves[COUNT / 2];
-        for (int i = 0; i < COUNT / 2; i++)
-            halves[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) + __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
+        for (int i = 0; i < COUNT; i += 2)
+            halves[i / 2] = every_second<0>(x[i], x[i + 1], lanes) + every_second<1>(x[i], x[i + 1], lanes);
         return sums<COUNT / 2>(halves);
     }
 }
