@@ -35,7 +35,7 @@ from arguments import output_file
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = (1, 1, 1, 1, 2, 4, 8, 16, 48)
 STEPS = (0, 1, 2, 5, 8)
-TOLERANCE = 0.99999
+TOLERANCE = {"float32": 0.99999, "bfloat16": 0.9995}
 QUERY = "how do plants eat?"
 FAIL_VARIABLE = "SERVE_LOAD_FAIL_BATCH"
 
@@ -44,6 +44,7 @@ FAIL_VARIABLE = "SERVE_LOAD_FAIL_BATCH"
 class Tally:
     """What the clients saw."""
 
+    tolerance: float
     measured_from: float = 0.0
     until: float = math.inf
     counts: Counter[str] = field(default_factory=Counter)
@@ -149,7 +150,7 @@ def check(response: httpx.Response, rows: list[int], expected: np.ndarray, tally
     found = np.stack([np.frombuffer(base64.b64decode(item["embedding"]), dtype="<f4") for item in data])
     cosines = (found * expected[rows]).sum(axis=1)
     tally.worst = min(tally.worst, float(cosines.min()))
-    if len(data) != len(rows) or cosines.min() < TOLERANCE:
+    if len(data) != len(rows) or cosines.min() < tally.tolerance:
         tally.problems.append(f"a vector differs: cosine {cosines.min():.6f}")
     tally.counts["answered"] += 1
     tally.counts["texts"] += len(rows)
@@ -159,7 +160,7 @@ async def load(
     options: argparse.Namespace, server: Server, texts: list[str], lengths: list[int], expected: dict[int, np.ndarray]
 ) -> tuple[Tally, list[tuple[float, int]]]:
     """Run the clients, restart the server, then watch its memory; also returns (time, resident bytes)."""
-    tally = Tally()
+    tally = Tally(TOLERANCE[options.dtype])
     clients = [
         asyncio.create_task(client(seed, server, texts, lengths, expected, tally, options.kill))
         for seed in range(options.clients)
@@ -220,21 +221,24 @@ def main() -> None:
     parser.add_argument("--kill", type=float, default=0.02, help="share of requests whose client is killed")
     parser.add_argument("--fail-batch", type=int, default=20, help="the batch that fails, after each start; 0: none")
     parser.add_argument("--model", help="the shipped model where not given")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32", help="of the server and the library")
     parser.add_argument("--max-num-steps", type=int, default=20)
     parser.add_argument("--output", type=output_file, help="where to write JSON")
     options = parser.parse_args()
 
+    import torch
+
     from gircse.cli.demo import load_corpus
     from gircse.model import GIRCSE
 
-    model = GIRCSE(options.model, device="cpu")
+    model = GIRCSE(options.model, device="cpu", dtype=getattr(torch, options.dtype)).pack_weights()  # as served
     texts = [passage["text"][: options.max_characters] for passage in load_corpus()][: options.texts]
     lengths = [len(ids) for ids in model.tokenize_texts(texts).ids]
     steps = [k for k in STEPS if k <= options.max_num_steps]
     expected, offline_speed = offline(model, texts, steps, lengths)
 
     arguments = ["--max-num-steps", str(options.max_num_steps), *(["--model", options.model] if options.model else [])]
-    server = Server([*arguments, "--device", "cpu"], options.fail_batch)
+    server = Server([*arguments, "--device", "cpu", "--dtype", options.dtype], options.fail_batch)
     server.start()
     served, direct = lone_latency(server, model, 20)
     tally, memory = asyncio.run(load(options, server, texts, lengths, expected))
@@ -251,6 +255,7 @@ def main() -> None:
         "duration": options.duration,
         "clients": options.clients,
         "model": options.model or "shipped",
+        "dtype": options.dtype,
         **tally.counts,
         "problems": len(tally.problems),
         "worst cosine": tally.worst,

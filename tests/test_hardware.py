@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from gircse import hardware
 from gircse.cli.common import check_device, load_model
 from gircse.errors import UsageError
-from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, prompt_pass_tokens
+from gircse.hardware import default_batch_tokens, fastest_dtype, free_memory, in_own_thread, prompt_pass_tokens
 
 
 @pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
@@ -89,3 +90,16 @@ def test_intels_processors_are_told_from_others(
     hardware.is_intel.cache_clear()
     assert hardware.is_intel() == intel
     hardware.is_intel.cache_clear()
+
+
+def test_a_thread_of_its_own_ends_with_what_it_does() -> None:
+    thread = in_own_thread(threading.current_thread)
+    assert thread is not threading.current_thread()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+    def fail() -> None:
+        raise UsageError("no such model")
+
+    with pytest.raises(UsageError, match="no such model"):
+        in_own_thread(fail)

@@ -181,6 +181,22 @@ def test_a_bound_port_takes_no_connections_yet_and_one_of_two_servers_is_told(ba
                 gircse.serve.run.run(service, listener, lambda address: None)
 
 
+def test_the_model_is_loaded_in_a_thread_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lives on beside the thread that embeds makes that one's queries take nearly twice as long."""
+    threads: list[threading.Thread] = []
+
+    def load(*_: Any, **__: Any) -> None:
+        threads.append(threading.current_thread())
+        raise GircseError("no such model")
+
+    monkeypatch.setattr(import_module("gircse.cli.serve"), "load_model", load)
+    result = CliRunner().invoke(app, ["--port", "0"])
+    assert str(result.exception) == "no such model"
+    assert threads[0] is not threading.main_thread()
+    threads[0].join(timeout=10)
+    assert not threads[0].is_alive()
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi_offline", None)
     result = CliRunner().invoke(app, [])

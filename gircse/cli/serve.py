@@ -138,6 +138,7 @@ def serve(
         stderr.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} may use this server; set GIRCSE_API_KEY"
         )
+    from gircse.hardware import in_own_thread
     from gircse.serve.logs import configure_logging
     from gircse.serve.run import bind, run
     from gircse.serve.service import Service
@@ -145,7 +146,8 @@ def serve(
     if num_steps is None and (own_steps := steps_of(model)) is not None:
         settings.check_steps(own_steps)
     with bind(host, port) as listener:  # before the model loads, which takes longer than to find the port taken
-        loaded = load_model(model, device=device, dtype=dtype, quantize=quantize)
+        # Not in this thread, which lives on, beside the one that embeds.
+        loaded = in_own_thread(lambda: load_model(model, device=device, dtype=dtype, quantize=quantize))
         service = Service(loaded, settings, Path(model).name if model else "gircse-smollm2-135m")
         configure_logging(as_json=log_json)
         names = ", ".join(service.limits.names)
