@@ -333,8 +333,11 @@ def test_products_of_bfloat16_are_those_of_the_fastest_library(library: str, com
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 39, 40, 41, 100])
-def test_rows_of_a_product_depend_on_themselves_alone(rows: int, dtype: torch.dtype, compiled: str) -> None:
+def test_rows_of_a_product_depend_on_themselves_alone(
+    rows: int, dtype: torch.dtype, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many there are, and however they are parted among threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # tests have one
     torch.manual_seed(0)
     weights, x = [torch.randn(n * 64, 96).to(dtype) for n in (3, 1)], torch.randn(rows, 96).to(dtype)
     kept = [packed(weight, 64) for weight in weights]

@@ -65,18 +65,6 @@ template <int VECTORS> INLINE void multiply_rows(const bfloat16 *x, long in, con
     }
 }
 
-INLINE void multiply_job(const bfloat16 *x, long in, const Panel<bfloat16> &panel)
-{
-    if (panel.of->panel == 64)
-        multiply_rows<64 / LANES>(x, in, panel);
-    else if (panel.of->panel == 48)
-        multiply_rows<48 / LANES>(x, in, panel);
-    else if (panel.of->panel == 32)
-        multiply_rows<32 / LANES>(x, in, panel);
-    else
-        multiply_rows<16 / LANES>(x, in, panel);
-}
-
 // ---- The soft token: softmax(h·Eᵀ) · E, with one pass over the table ----
 
 template <int ROWS>
@@ -145,7 +133,9 @@ extern "C" void multiply_bfloat16(const bfloat16 *x, int64_t rows, int64_t in, c
     const std::vector<Panel<bfloat16>> panels = panels_of((const Product<bfloat16> *)products, count, rows, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < (long)panels.size(); i++)
-        multiply_job(x, in, panels[i]);
+        by_vectors(panels[i].of->panel, [&](auto vectors) __attribute__((always_inline)) {
+            multiply_rows<vectors>(x, in, panels[i]);
+        });
 }
 
 extern "C" void soft_tokens_bfloat16(const bfloat16 *hidden, int64_t rows, int64_t width, const bfloat16 *table,

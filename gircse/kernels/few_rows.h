@@ -65,14 +65,9 @@ template <typename T> INLINE void multiply_job(const float *x, long in, const Pa
     const T *packed = (const T *)of.packed + panel.first * in, *bias = of.bias ? of.bias + panel.first : nullptr;
     T *out = of.out + panel.row * of.outputs + panel.first;
     x += panel.row * in;
-    if (of.panel == 64)
-        multiply_rows<64 / LANES>(x, rows, in, packed, bias, of.outputs, out);
-    else if (of.panel == 48)
-        multiply_rows<48 / LANES>(x, rows, in, packed, bias, of.outputs, out);
-    else if (of.panel == 32)
-        multiply_rows<32 / LANES>(x, rows, in, packed, bias, of.outputs, out);
-    else
-        multiply_rows<16 / LANES>(x, rows, in, packed, bias, of.outputs, out);
+    by_vectors(of.panel, [&](auto vectors) __attribute__((always_inline)) {
+        multiply_rows<vectors>(x, rows, in, packed, bias, of.outputs, out);
+    });
 }
 
 template <typename T> std::vector<float> widened(const T *x, long n)

@@ -79,18 +79,6 @@ template <int VECTORS, typename T> INLINE void multiply_rows(const Inputs &x, lo
         });
 }
 
-template <typename T> INLINE void multiply_job(const Inputs &x, long in, const Panel<T> &panel)
-{
-    if (panel.of->panel == 64)
-        multiply_rows<64 / LANES>(x, in, panel);
-    else if (panel.of->panel == 48)
-        multiply_rows<48 / LANES>(x, in, panel);
-    else if (panel.of->panel == 32)
-        multiply_rows<32 / LANES>(x, in, panel);
-    else
-        multiply_rows<16 / LANES>(x, in, panel);
-}
-
 template <typename T>
 void multiply_all(const T *x, long rows, long in, const Product<T> *products, long count, int threads)
 {
@@ -106,7 +94,9 @@ void multiply_all(const T *x, long rows, long in, const Product<T> *products, lo
                                        [](long k) { return k; });
 #pragma omp for schedule(static)
         for (long i = 0; i < (long)panels.size(); i++)
-            multiply_job(inputs, in, panels[i]);
+            by_vectors(panels[i].of->panel, [&](auto vectors) __attribute__((always_inline)) {
+                multiply_rows<vectors>(inputs, in, panels[i]);
+            });
     }
 }
 

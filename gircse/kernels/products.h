@@ -4,6 +4,7 @@
 // follow each other side by side; of 8 bits, (panels, in / 4, PANEL, 4), four.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -41,6 +42,19 @@ std::vector<Panel<T>> panels_of(const Product<T> *products, long count, long row
                 panels.push_back({of, first, row, rows * (i + 1) / parts - row});
             }
     return panels;
+}
+
+// Call with how many vectors a panel has, as a type.
+template <typename Work> INLINE void by_vectors(int64_t panel, Work work)
+{
+    if (panel == 64)
+        work(std::integral_constant<int, 64 / LANES>{});
+    else if (panel == 48)
+        work(std::integral_constant<int, 48 / LANES>{});
+    else if (panel == 32)
+        work(std::integral_constant<int, 32 / LANES>{});
+    else
+        work(std::integral_constant<int, 16 / LANES>{});
 }
 
 } // namespace
