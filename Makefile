@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .DEFAULT_GOAL := demo
 
 # The lock is a file of exact versions; the stamps make set-up happen once, and again when what it depends on changes.
-$(VENV)/.base: pyproject.toml constraints.txt $(wildcard gircse/kernels/*)
+$(VENV)/.base: pyproject.toml constraints.txt $(wildcard gircse/fast/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .

@@ -24,7 +24,7 @@ from mixes import INSTRUCTION, read_mix
 from rich.console import Console
 from rich.table import Table
 
-from gircse import step_kernels
+from gircse.fast import step_kernels
 from gircse.model import GIRCSE
 
 STEPS = (0, 5, 20)

@@ -39,9 +39,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gircse.inference_copy import InferenceCopy
+from gircse.fast.inference_copy import InferenceCopy
+from gircse.fast.packed_weights import PackedWeights
 from gircse.model import GIRCSE
-from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps, recompute_states
 from gircse.train.plan import matrix_rate
 

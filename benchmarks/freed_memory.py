@@ -37,7 +37,7 @@ def answer(arguments: argparse.Namespace) -> None:
     import torch
 
     from gircse import GIRCSE
-    from gircse.kernel_caches import limit_kernel_caches
+    from gircse.fast.kernel_caches import limit_kernel_caches
 
     limit_kernel_caches()
     model = GIRCSE(dtype=getattr(torch, arguments.dtype), device="cpu").pack_weights()

@@ -4,7 +4,7 @@
     python benchmarks/int8_products.py --dtype bfloat16 --output benchmarks/results/int8_products_bfloat16.json
 
 All ways in turn, medians, milliseconds for the products of a layer of SmolLM2-135M; thirty layers, so that weights come
-from memory. The bounds `MOST_INT8_ROWS` and `MOST_VECTOR_ROWS` of gircse/step_kernels.py are made of this. Writes
+from memory. The bounds `MOST_INT8_ROWS` and `MOST_VECTOR_ROWS` of gircse/fast/step_kernels.py are made of this. Writes
 benchmarks/results/int8_products.json.
 """
 
@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gircse import step_kernels
-from gircse.int8 import Int8Linear
-from gircse.packed_linear import KernelLinear, PackedLinear
+from gircse.fast import step_kernels
+from gircse.fast.int8 import Int8Linear
+from gircse.fast.packed_linear import KernelLinear, PackedLinear
 
 SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # out, in
 LAYERS = 30

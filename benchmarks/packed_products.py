@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from gircse import packed_weights
-from gircse.packed_weights import PackedWeights
+from gircse.fast import packed_weights
+from gircse.fast.packed_weights import PackedWeights
 
 SHAPES = ((576, 1536), (1536, 576), (576, 576), (576, 49152))  # in, out: SmolLM2-135M's
 ROWS = (1, 4, 16, 48, 128, 512, 1024)

@@ -54,7 +54,7 @@ def load_encode(arguments: argparse.Namespace) -> Callable[..., object]:
         encoder = SentenceTransformer(modules=[transformer, pooling], device="cpu")
         return lambda texts, prompt, **options: encoder.encode(texts, prompt=prompt)
     from gircse import GIRCSE
-    from gircse.kernel_caches import limit_kernel_caches
+    from gircse.fast.kernel_caches import limit_kernel_caches
 
     if arguments.what == "ours":
         limit_kernel_caches()

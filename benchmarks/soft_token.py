@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from gircse.fused_soft_token import fused_soft_token
+from gircse.fast.fused_soft_token import fused_soft_token
 from gircse.soft_tokens import Vocabulary
 
 

@@ -5,7 +5,7 @@
 
 Attention to what all rows begin with by products of its own, or to a copy in every row (`COPIED_PREFIX` in
 gircse/refiner.py); attention by products or by PyTorch's (`FEW_ROWS` there), both of twenty steps; logits with the rows
-or the table as the factor that oneDNN packs (`MOST_ROWS_ON_THE_RIGHT` in gircse/packed_linear.py). Sizes are
+or the table as the factor that oneDNN packs (`MOST_ROWS_ON_THE_RIGHT` in gircse/fast/packed_linear.py). Sizes are
 SmolLM2-135M's. Writes benchmarks/results/step_products.json.
 """
 
@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from gircse import packed_linear
-from gircse.grouped_steps import DecodeGroup, ProductsDecodeGroup
-from gircse.packed_linear import TableLinear
+from gircse.fast import packed_linear
+from gircse.fast.grouped_steps import DecodeGroup, ProductsDecodeGroup
+from gircse.fast.packed_linear import TableLinear
 
 LAYERS, HEADS, SHARED_HEADS, WIDTH, STATE, VOCABULARY, STEPS = 30, 9, 3, 64, 576, 49152, 20
 PREFIXED = ((37, 80, 13), (11, 190, 13), (4, 150, 13), (160, 20, 13), (37, 80, 80), (160, 20, 40), (37, 80, 160))

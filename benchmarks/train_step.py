@@ -36,9 +36,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
+from gircse.fast.packed_weights import PackedWeights
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.packed_weights import PackedWeights
 from gircse.refiner import pool_steps
 from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops

@@ -60,7 +60,7 @@ class Replica:
     def __init__(self, arguments: Arguments, settings: ServeSettings) -> None:
         import torch
 
-        from gircse.kernel_caches import limit_kernel_caches
+        from gircse.fast.kernel_caches import limit_kernel_caches
         from gircse.model import GIRCSE
         from gircse.serve.logs import configure_logging
         from gircse.serve.service import Service

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gircse._version import __version__
 
 if TYPE_CHECKING:
-    from gircse.cached_loss import CachedICRLoss
-    from gircse.losses import ICRLoss
+    from gircse.losses import CachedICRLoss, ICRLoss
     from gircse.model import GIRCSE
 
 __all__ = ["GIRCSE", "CachedICRLoss", "ICRLoss", "__version__"]
@@ -20,12 +19,8 @@ def __getattr__(name: str) -> Any:
         from gircse.model import GIRCSE
 
         return GIRCSE
-    if name == "CachedICRLoss":
-        from gircse.cached_loss import CachedICRLoss
+    if name in ("CachedICRLoss", "ICRLoss"):
+        from gircse import losses
 
-        return CachedICRLoss
-    if name == "ICRLoss":
-        from gircse.losses import ICRLoss
-
-        return ICRLoss
+        return getattr(losses, name)
     raise AttributeError(f"module 'gircse' has no attribute {name!r}")

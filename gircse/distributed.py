@@ -27,7 +27,7 @@ from gircse.embed.job import EmbedSettings, EmbedSummary, Progress, TextEncoder,
 from gircse.embed.reader import STDIN, CorpusReader, Row, SeenIds
 from gircse.embed.writer import read_metadata, refuse_differences
 from gircse.errors import GircseError, InputDataError, MissingExtraError, UsageError
-from gircse.kernel_caches import limit_kernel_caches
+from gircse.fast.kernel_caches import limit_kernel_caches
 
 SUMMARY = "gircse.json"
 """Written last: a folder that holds it is whole."""

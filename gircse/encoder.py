@@ -37,15 +37,15 @@ from gircse.checkpoint import BackboneReference, Checkpoint, RefinementConfig
 from gircse.checksum import vectors_checksum
 from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
-from gircse.frozen_linear import freeze_linear_layers
+from gircse.fast.frozen_linear import freeze_linear_layers
+from gircse.fast.inference_copy import InferenceCopy
+from gircse.fast.int8 import check_int8, int8_linear
+from gircse.fast.norms import use_fused_norms
+from gircse.fast.packed_linear import packed_linear, packs_in_place
+from gircse.fast.packed_weights import SHARE_OF_MEMORY, PackedWeights
+from gircse.fast.step_graphs import StepGraphs
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
-from gircse.inference_copy import InferenceCopy
-from gircse.int8 import check_int8, int8_linear
-from gircse.norms import use_fused_norms
-from gircse.packed_linear import packed_linear, packs_in_place
-from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.refiner import keep_finished, pool_steps, refine
-from gircse.step_graphs import StepGraphs
 from gircse.texts import as_texts
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from gircse.checkpoint import BackboneReference, RefinementConfig
 from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
-from gircse.grouped_steps import takes_groups
+from gircse.fast.grouped_steps import takes_groups
+from gircse.fast.module_walk import SteadySentenceTransformer
 from gircse.hardware import default_batch_tokens, is_out_of_memory
 from gircse.model_card import GIRCSEModelCardData
-from gircse.module_walk import SteadySentenceTransformer
 from gircse.texts import as_texts, is_single
 
 if TYPE_CHECKING:

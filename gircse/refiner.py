@@ -19,13 +19,13 @@ from gircse.attention import attention_dtype
 from gircse.cache import JoinedPrompts, cache_tensors, expand_cache, join_caches, new_cache, select_rows
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UnsupportedBackboneError, UsageError
+from gircse.fast.grouped_steps import DecodeGroup, GroupedSteps, ProductsDecodeGroup, takes_groups
+from gircse.fast.kernel_prompts import prompt_states
+from gircse.fast.kernel_steps import KernelGroup, KernelSteps, takes_kernels
+from gircse.fast.step_graphs import StepGraphs
+from gircse.fast.trained_steps import TrainedGroup
 from gircse.gradient_chain import GradientChain
-from gircse.grouped_steps import DecodeGroup, GroupedSteps, ProductsDecodeGroup, takes_groups
-from gircse.kernel_prompts import prompt_states
-from gircse.kernel_steps import KernelGroup, KernelSteps, takes_kernels
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
-from gircse.step_graphs import StepGraphs
-from gircse.trained_steps import TrainedGroup
 
 Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
 """How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k. Without

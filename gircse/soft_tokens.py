@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gircse import step_kernels
-from gircse.fused_soft_token import faster, fused_soft_token, is_possible
+from gircse.fast import step_kernels
+from gircse.fast.fused_soft_token import faster, fused_soft_token, is_possible
 
 ROWS_AT_A_TIME = 128
 """Of soft tokens on a CPU; a row of SmolLM2's takes 0.6 MB on the way."""

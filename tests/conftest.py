@@ -36,7 +36,7 @@ def model(backbone: Path) -> GIRCSE:
 @pytest.fixture
 def without_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backbone itself computes, as where no packed copy of it is made: on processors without AVX512, say."""
-    monkeypatch.setattr("gircse.inference_copy.packs_in_place", lambda dtype: False)
+    monkeypatch.setattr("gircse.fast.inference_copy.packs_in_place", lambda dtype: False)
 
 
 @pytest.fixture(scope="session")

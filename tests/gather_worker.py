@@ -9,9 +9,9 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
-from gircse.cached_loss import CachedICRLoss
-from gircse.candidates import TEXT_KEY
-from gircse.losses import ICRLoss, TeacherPairs
+from gircse.losses import CachedICRLoss, ICRLoss
+from gircse.losses.candidates import TEXT_KEY
+from gircse.losses.icr import TeacherPairs
 from gircse.model import GIRCSE
 
 TEXTS = [

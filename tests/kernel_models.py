@@ -11,14 +11,15 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from gircse import refiner, step_kernels
+from gircse import refiner
 from gircse.decoders import Decoder
-from gircse.frozen_linear import freeze_linear_layers
-from gircse.int8 import Int8Linear
-from gircse.kernel_steps import KernelSteps
-from gircse.norms import use_fused_norms
-from gircse.packed_linear import PackedLinear, packs_in_place
-from gircse.packed_weights import ROWS_PACKED_FOR
+from gircse.fast import step_kernels
+from gircse.fast.frozen_linear import freeze_linear_layers
+from gircse.fast.int8 import Int8Linear
+from gircse.fast.kernel_steps import KernelSteps
+from gircse.fast.norms import use_fused_norms
+from gircse.fast.packed_linear import PackedLinear, packs_in_place
+from gircse.fast.packed_weights import ROWS_PACKED_FOR
 from gircse.refiner import recompute_states
 
 DTYPES = [torch.float32, torch.bfloat16]

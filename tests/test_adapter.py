@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from gircse import GIRCSE
 from gircse import encoder as encoder_module
 from gircse.adapter import adapter_off, lora_layers
-from gircse.cached_loss import CachedICRLoss
 from gircse.errors import UsageError
-from gircse.losses import ICRLoss
+from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.train.fused_lora import fused_lora
 
 pytestmark = pytest.mark.usefixtures("without_copy")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from gircse.answer_loss import answer_loss, answer_tokens
 from gircse.errors import GircseError, UsageError
 from gircse.losses import ICRLoss
+from gircse.losses.answer import answer_loss, answer_tokens
 from gircse.model import GIRCSE
 from gircse.train.answers import _keywords
 from gircse.train.data import load_training_data

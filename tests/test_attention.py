@@ -32,7 +32,7 @@ def test_attention_is_computed_in_float32_without_amx(
     backbone: Path, amx: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_module, "_has_amx", lambda: amx)
-    if not grouped:  # as in families whose layers `gircse.grouped_steps` does not know
+    if not grouped:  # as in families whose layers `gircse.fast.grouped_steps` does not know
         monkeypatch.setattr("gircse.refiner.takes_groups", lambda decoder: False)
     seen = set()
     plain = torch.nn.functional.scaled_dot_product_attention

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from gircse import backbones, packaged_files
-from gircse.backbones import KnownBackbone, cache_home, cached_backbones, resolve_backbone, weights_checksum
+from gircse.backbones import packaged_files
+from gircse.backbones import resolve as backbones
+from gircse.backbones.packaged_files import PackagedFile
+from gircse.backbones.resolve import KnownBackbone, cache_home, cached_backbones, resolve_backbone, weights_checksum
 from gircse.errors import GircseError, UsageError
-from gircse.packaged_files import PackagedFile
 
 TERMS = "Tiny is provided under the Tiny Terms."
 
@@ -398,7 +399,7 @@ def resolve_in_process(known: KnownBackbone, scratch: Path, convert_body: str) -
     lines = [
         "import os, pickle, signal, sys, time",
         "from pathlib import Path",
-        "from gircse import backbones",
+        "from gircse.backbones import resolve as backbones",
         f"known = pickle.loads(Path({str(scratch / 'known.pickle')!r}).read_bytes())",
         "def convert(gguf, folder, report):",
         "    for name in ('config.json', 'tokenizer.json', 'model.safetensors'): (folder / name).write_text('{}')",

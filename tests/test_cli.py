@@ -15,8 +15,8 @@ import pytest
 from peft import LoraConfig
 
 import gircse.cli
-from gircse import step_kernels
 from gircse.cli.common import quiet_libraries
+from gircse.fast import step_kernels
 from gircse.model import GIRCSE
 
 

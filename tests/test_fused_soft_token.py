@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gircse import fused_soft_token as fused
+from gircse.fast import fused_soft_token as fused
 from gircse.soft_tokens import Vocabulary
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -156,7 +156,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from gircse import fused_soft_token as fused, soft_token_kernels as kernels
+from gircse.fast import fused_soft_token as fused, soft_token_kernels as kernels
 
 kernel = getattr(kernels, sys.argv[1])
 constants = {"ROWS": fused.ROWS, "TOKENS": fused.TOKENS, "WIDTH": fused.MOST_WIDTH, "TIED": False, "PRECISION": "tf32"}

@@ -13,9 +13,9 @@ import transformers as tf
 from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
-from gircse.backbones import resolve_backbone, weights_checksum
+from gircse.backbones.gguf import _compact, convert_gguf
+from gircse.backbones.resolve import resolve_backbone, weights_checksum
 from gircse.errors import GircseError
-from gircse.gguf_conversion import _compact, convert_gguf
 from tests import tiny_gguf
 
 Family = tuple[Callable[[], tf.PreTrainedModel], Callable[[Path], Path]]

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from gircse.fast.norms import fused_norm
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.norms import fused_norm
 from gircse.train.fused_lora import fused_lora
 from tests.tiny import tiny_model
 

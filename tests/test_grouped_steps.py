@@ -14,7 +14,7 @@ from gircse import refiner
 from gircse.attention import attend_single_queries, multiply_single_queries
 from gircse.cache import JoinedPrompts
 from gircse.decoders import Decoder
-from gircse.grouped_steps import GroupedSteps, takes_groups
+from gircse.fast.grouped_steps import GroupedSteps, takes_groups
 from gircse.refiner import refine
 from tests.tiny import instructed_batch, random_batch, relative_error, tiny_model
 

@@ -71,7 +71,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 def from_hub(address: str, tmp_path: Path, *calls: str) -> list[Any]:
     """What `resolve_backbone(...)` returns or raises, in a process whose hub and hub cache are given."""
-    code = "from gircse.backbones import resolve_backbone\nresults = []\n"
+    code = "from gircse.backbones.resolve import resolve_backbone\nresults = []\n"
     for call in calls:
         code += f"try: results.append(vars(resolve_backbone({call})))\n"
         code += "except Exception as error: results.append(f'{type(error).__name__}: {error}')\n"

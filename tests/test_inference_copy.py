@@ -14,9 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from gircse import GIRCSE, inference_copy
+from gircse import GIRCSE
 from gircse.adapter import lora_layers
-from gircse.packed_linear import PackedLinear, packs_in_place
+from gircse.fast import inference_copy
+from gircse.fast.packed_linear import PackedLinear, packs_in_place
 from tests.tiny import FAMILIES, tiny_backbone
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packs_in_place(dtype)]

@@ -19,15 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from gircse import int8
 from gircse.adapter import lora_layers
 from gircse.checksum import vectors_checksum
 from gircse.cli import app
 from gircse.errors import UsageError
-from gircse.frozen_linear import freeze_linear_layers
-from gircse.int8 import Int8Linear, check_int8
+from gircse.fast import int8
+from gircse.fast.frozen_linear import freeze_linear_layers
+from gircse.fast.int8 import Int8Linear, check_int8
+from gircse.fast.packed_linear import TableLinear
 from gircse.model import GIRCSE
-from gircse.packed_linear import TableLinear
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
 from tests.tiny import tiny_backbone

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from gircse.kernel_caches import KERNELS, VARIABLES
+from gircse.fast.kernel_caches import KERNELS, VARIABLES
 
 GROWTH = """
 import ctypes, sys, torch
 from pathlib import Path
-from gircse.kernel_caches import limit_kernel_caches
+from gircse.fast.kernel_caches import limit_kernel_caches
 if sys.argv[1] == "limited":
     limit_kernel_caches()
 

@@ -10,14 +10,15 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from gircse import kernel_steps, refiner, step_kernels
+from gircse import refiner
 from gircse.decoders import Decoder
-from gircse.int8 import Int8Linear
-from gircse.kernel_steps import takes_kernels
+from gircse.fast import kernel_steps, step_kernels
+from gircse.fast.int8 import Int8Linear
+from gircse.fast.kernel_steps import takes_kernels
+from gircse.fast.packed_linear import packs_in_place
+from gircse.fast.whole_steps import WholeStep, takes_whole_steps
 from gircse.model import GIRCSE
-from gircse.packed_linear import packs_in_place
 from gircse.refiner import PromptReading, refine
-from gircse.whole_steps import WholeStep, takes_whole_steps
 from tests.kernel_models import DTYPES, FAMILIES, PACKED, int8_model, kernel_model, packed_model, recomputed
 from tests.tiny import instructed_batch, random_batch, relative_error
 

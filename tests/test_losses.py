@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from gircse.cached_loss import CachedICRLoss
 from gircse.errors import UsageError
-from gircse.losses import ICRLoss, TeacherPairs, combine_steps, join_columns
+from gircse.losses import CachedICRLoss, ICRLoss
+from gircse.losses.icr import TeacherPairs, combine_steps, join_columns
 from gircse.model import GIRCSE
 
 ANCHORS = ["who wrote it", "what is a cat", "where is rome"]

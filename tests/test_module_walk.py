@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from gircse import GIRCSE
-from gircse.module_walk import all_modules, are_in_mode, is_wholly_on
+from gircse.fast.module_walk import all_modules, are_in_mode, is_wholly_on
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from gircse import norms as norms_module
-from gircse.norms import frugal_norm, fused_norm, use_fused_norms
+from gircse.fast import norms as norms_module
+from gircse.fast.norms import frugal_norm, fused_norm, use_fused_norms
 from tests.tiny import tiny_model
 
 

@@ -18,13 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from gircse import packed_linear
 from gircse.adapter import lora_layers
 from gircse.checksum import vectors_checksum
 from gircse.cli import app
 from gircse.errors import UsageError
+from gircse.fast import packed_linear
+from gircse.fast.packed_linear import PackedLinear, TableLinear, packs_in_place
 from gircse.model import GIRCSE
-from gircse.packed_linear import PackedLinear, TableLinear, packs_in_place
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
 from tests.tiny import tiny_backbone
@@ -67,8 +67,8 @@ def test_products_are_those_of_the_plain_layer(out: int, width: int, bias: bool,
 def test_products_with_a_table_are_those_of_its_packed_copy(
     on_the_right: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gircse.packed_linear.MOST_ROWS_ON_THE_RIGHT", on_the_right)
-    monkeypatch.setattr("gircse.packed_linear.OUTPUTS_AT_A_TIME", 100)
+    monkeypatch.setattr("gircse.fast.packed_linear.MOST_ROWS_ON_THE_RIGHT", on_the_right)
+    monkeypatch.setattr("gircse.fast.packed_linear.OUTPUTS_AT_A_TIME", 100)
     torch.manual_seed(0)
     layer = nn.Linear(64, 333, bias=bias, dtype=dtype)
     packed, made = PackedLinear(layer.weight, layer.bias, dtype=dtype), TableLinear(layer.weight, layer.bias)

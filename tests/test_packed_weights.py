@@ -14,10 +14,10 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
-from gircse import packed_weights
 from gircse.adapter import lora_layers
+from gircse.fast import packed_weights
+from gircse.fast.packed_weights import PackedWeights, packing_library
 from gircse.model import GIRCSE
-from gircse.packed_weights import PackedWeights, packing_library
 
 CPU = torch.device("cpu")
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five"]

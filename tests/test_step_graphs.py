@@ -12,12 +12,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from gircse.cached_loss import CachedICRLoss
 from gircse.decoders import Decoder
-from gircse.losses import ICRLoss
+from gircse.fast.step_graphs import StepGraphs
+from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import GIRCSE
 from gircse.refiner import CAUSAL, PromptReading, refine
-from gircse.step_graphs import StepGraphs
 from gircse.train.fused_lora import fused_lora
 from tests.tiny import tiny_backbone, tiny_model
 
@@ -217,7 +216,7 @@ def test_steps_that_cannot_be_recorded_are_computed_one_by_one(
 
     decoder = Decoder.from_model(tiny_model("llama"))
     expected = refine(decoder, *batch(), num_steps=3)
-    monkeypatch.setattr("gircse.step_graphs._recorded", refuse)
+    monkeypatch.setattr("gircse.fast.step_graphs._recorded", refuse)
     for _ in range(2):
         torch.testing.assert_close(refine(decoder, *batch(), num_steps=3, graphs=graphs), expected)
     ours = [record.message for record in caplog.records if record.name.startswith("gircse")]
@@ -229,6 +228,6 @@ def test_steps_that_cannot_be_recorded_are_computed_one_by_one(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("gircse.step_graphs._recorded", full)
+    monkeypatch.setattr("gircse.fast.step_graphs._recorded", full)
     with pytest.raises(torch.OutOfMemoryError):  # which encode meets with half the batch
         refine(decoder, *batch(), num_steps=3, graphs=graphs)

@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional as F
 
 import gircse
-from gircse import soft_tokens, step_kernels
-from gircse.int8 import Int8Linear
-from gircse.kernel_steps import takes_kernels
-from gircse.norms import frugal_norm
-from gircse.packed_linear import PackedLinear, packs_in_place
-from gircse.packed_weights import ROWS_PACKED_FOR
+from gircse import soft_tokens
+from gircse.fast import step_kernels
+from gircse.fast.int8 import Int8Linear
+from gircse.fast.kernel_steps import takes_kernels
+from gircse.fast.norms import frugal_norm
+from gircse.fast.packed_linear import PackedLinear, packs_in_place
+from gircse.fast.packed_weights import ROWS_PACKED_FOR
 from tests.kernel_models import DTYPES, TOLERANCE, forget, kernel_model
 from tests.tiny import relative_error
 

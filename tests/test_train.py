@@ -15,11 +15,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import TrainerCallback
 
-from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, UsageError
-from gircse.losses import ICRLoss
+from gircse.fast.packed_weights import packing_library
+from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import GIRCSE
-from gircse.packed_weights import packing_library
 from gircse.train.data import load_training_data
 from gircse.train.facts import training_facts
 from gircse.train.plan import plan_training

@@ -18,14 +18,14 @@ from torch import Tensor
 from gircse import refiner
 from gircse.adapter import lora_layers
 from gircse.decoders import Decoder
-from gircse.grouped_steps import GroupedSteps
+from gircse.fast.grouped_steps import GroupedSteps
+from gircse.fast.step_graphs import StepGraphs
+from gircse.fast.trained_steps import Collected
 from gircse.model import GIRCSE
 from gircse.refiner import recompute_states, refine
-from gircse.step_graphs import StepGraphs
 from gircse.train import fused_lora as fused_lora_module
 from gircse.train import step_lora
 from gircse.train.fused_lora import fused_lora
-from gircse.trained_steps import Collected
 from tests.tiny import instructed_batch, random_batch, relative_error, tiny_backbone, tiny_model
 
 KNOWN = ["llama", "llama-tied", "llama-scaled-positions", "mistral", "qwen2", "qwen3"]

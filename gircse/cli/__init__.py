@@ -32,7 +32,7 @@ from gircse.cli.serve import serve
 from gircse.cli.similarity import similarity
 from gircse.cli.train import train
 from gircse.errors import GircseError
-from gircse.kernel_caches import limit_kernel_caches
+from gircse.fast.kernel_caches import limit_kernel_caches
 
 app = typer.Typer(
     name="gircse",

@@ -60,8 +60,8 @@ def _hardware() -> dict[str, str]:
     import torch
     from sentence_transformers.util import get_device_name
 
+    from gircse.fast.step_kernels import bfloat16_library, int8_library, library, matrix_library
     from gircse.hardware import fastest_dtype
-    from gircse.step_kernels import bfloat16_library, int8_library, library, matrix_library
 
     device = get_device_name()
     dtype, reason = fastest_dtype(device)

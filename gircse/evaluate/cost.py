@@ -62,7 +62,7 @@ class TransformerSize:
 def transformer_size(model: SentenceTransformer) -> TransformerSize | None:
     """Sizes of a model's transformer; None where its parts are not told apart."""
     from gircse.encoder import GenerativeEncoder
-    from gircse.frozen_linear import FrozenLinear
+    from gircse.fast.frozen_linear import FrozenLinear
 
     first: Any = model[0]
     generative = isinstance(first, GenerativeEncoder)

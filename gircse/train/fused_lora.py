@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gircse.packed_weights import PackedWeights
+from gircse.fast.packed_weights import PackedWeights
 from gircse.train.step_lora import MOST_ROWS, StepLayers, transposed_product
 
 

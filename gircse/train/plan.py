@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
 from gircse.errors import GircseError
+from gircse.fast.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
-from gircse.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.train.answers import ANSWER_COLUMN
 from gircse.train.data import load_training_data, steps_an_epoch
 from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from gircse.checkpoint import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.gradient_chain import SoftTokenGradients
-from gircse.losses import StepWeights, TeacherPairs
+from gircse.losses.icr import StepWeights, TeacherPairs
 from gircse.refiner import Attention, Pooling
 from gircse.train.recipe_data import DataSection, Section, Source
 

@@ -19,10 +19,9 @@ from peft import LoraConfig
 from transformers import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from gircse.cached_loss import CachedICRLoss
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.hardware import is_out_of_memory
-from gircse.losses import ICRLoss
+from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.model import DEFAULT_INSTRUCTION, GIRCSE
 from gircse.train.callbacks import (
     OwnIntervals,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from gircse.candidates import TEXT_KEY
+from gircse.losses.candidates import TEXT_KEY
 
 TEXT_KEYS = "text_keys"
 """Of training data: a key for each text of a row, where the rows of a source have several wordings of one instruction.

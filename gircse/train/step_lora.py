@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gircse.packed_weights import PackedWeights
-from gircse.trained_steps import Collected
+from gircse.fast.packed_weights import PackedWeights
+from gircse.fast.trained_steps import Collected
 
 MOST_ROWS = 128
 """Of a step. More are worth products of their own, and collecting takes memory."""

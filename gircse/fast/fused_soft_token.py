@@ -1,6 +1,6 @@
 """Soft tokens without a matrix of logits, on a GPU, where it measures faster than the plain products.
 
-Knows the weights of both ends of a vocabulary and a stopwatch; the arithmetic is in `gircse/soft_token_kernels.py`.
+Knows the weights of both ends of a vocabulary and a stopwatch; the arithmetic is in `soft_token_kernels.py`.
 Only tests run it on a CPU, in Triton's interpreter.
 """
 
@@ -55,7 +55,7 @@ class _FusedSoftToken(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, table: Tensor, scale: float) -> Tensor:
-        from gircse.soft_token_kernels import soft_token_forward
+        from gircse.fast.soft_token_kernels import soft_token_forward
 
         hidden = hidden.contiguous()
         rows, width = hidden.shape
@@ -75,7 +75,7 @@ class _FusedSoftToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        from gircse.soft_token_kernels import soft_token_backward
+        from gircse.fast.soft_token_kernels import soft_token_backward
 
         hidden, head, table, log_total, out = ctx.saved_tensors
         grad = gradients[0].contiguous()

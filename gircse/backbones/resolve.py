@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gircse.backbones.gguf import CONVERSION_VERSION, convert_gguf
+from gircse.backbones.packaged_files import PackagedFile, download_files, installed_files, join_files, requirements
 from gircse.errors import GircseError, UsageError
-from gircse.gguf_conversion import CONVERSION_VERSION, convert_gguf
-from gircse.packaged_files import PackagedFile, download_files, installed_files, join_files, requirements
 
 ProgressCallback = Callable[[str, int, int | None], None]
 """Called with (what is being done, bytes done, bytes in all or None)."""

@@ -1,6 +1,6 @@
 // A soft token of every row through all layers, of Llama and families like it.
 //
-// gircse/whole_steps.py has the same structures.
+// gircse/fast/whole_steps.py has the same structures.
 #pragma once
 
 #include "attention.h"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gircse import step_kernels
 from gircse.errors import UsageError
-from gircse.packed_linear import KernelLinear, TableLinear
+from gircse.fast import step_kernels
+from gircse.fast.packed_linear import KernelLinear, TableLinear
 
 _LARGEST = 127
 """Of the integers, in both directions."""

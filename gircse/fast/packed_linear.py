@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept once: packed, `gircse.packed_weights` without its second copy, or as a table.
+"""Linear layers whose weights are kept once: packed, `packed_weights` without its second copy, or as a table.
 
 Knows linear layers and oneDNN; knows nothing of soft tokens, texts or checkpoints. oneDNN's packed weights serve any
 number of rows and can be unpacked without loss, so nothing needs the ordinary ones but training and saving.
@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gircse import step_kernels
-from gircse.frozen_linear import FrozenLinear
-from gircse.packed_weights import ROWS_PACKED_FOR
+from gircse.fast import step_kernels
+from gircse.fast.frozen_linear import FrozenLinear
+from gircse.fast.packed_weights import ROWS_PACKED_FOR
 
 OUTPUTS_AT_A_TIME = 8192
 """Of a `TableLinear`: what is packed for the moment, 9 or 19 MB of SmolLM2's, costs less than a millisecond more."""

@@ -1,6 +1,6 @@
 """A prompt pass on a CPU that computes what lies between its products by compiled kernels.
 
-Knows layers of Llama and families like it, and `gircse.step_kernels`; knows nothing of texts, pooling or losses. For
+Knows layers of Llama and families like it, and `step_kernels`; knows nothing of texts, pooling or losses. For
 inference alone. transformers writes gates, norms and positions as some twenty operations a layer, each of which goes
 through all states of the prompts in memory: a third of the pass, where products are fast.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gircse import step_kernels
 from gircse.attention import sdpa_float32_on_cpu
 from gircse.decoders import Decoder
-from gircse.grouped_steps import products
+from gircse.fast import step_kernels
+from gircse.fast.grouped_steps import products
 
 
 def prompt_states(
@@ -31,7 +31,7 @@ def prompt_states(
     """The last hidden states of prompts, as the decoder's own pass gives them.
 
     Args:
-        decoder: One that `gircse.kernel_steps.takes_kernels`.
+        decoder: One that `gircse.fast.kernel_steps.takes_kernels`.
         ids: (b, N) token ids, padded on the left.
         mask: (b, P + N): 1 for the P positions that the cache has, and for tokens, 0 for padding.
         cache: Filled; None keeps nothing.

@@ -1,6 +1,6 @@
 // What a soft token needs on a CPU: attention, positions, norms and gates; with few rows products and p·E too.
 //
-// gircse/step_kernels.py loads it and checks shapes; nothing here knows Python or PyTorch. PyTorch's operations are
+// gircse/fast/step_kernels.py loads it and checks shapes; nothing here knows Python or PyTorch. PyTorch's operations are
 // made for many rows: for one query a head, or one row of a product, they take several times as long as reading their
 // input does. Sums are taken in float32 and rounded once, and what a row gets depends on that row alone.
 //

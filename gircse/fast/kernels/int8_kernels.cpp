@@ -1,6 +1,6 @@
 // Products of few rows with weights of 8 bits, for processors that multiply such numbers (AVX512-VNNI).
 //
-// gircse/step_kernels.py loads it.
+// gircse/fast/step_kernels.py loads it.
 
 #include <immintrin.h>
 

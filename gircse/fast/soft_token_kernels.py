@@ -1,6 +1,6 @@
 """The soft token as attention over the vocabulary, in Triton: logits and probabilities are never stored.
 
-Knows pointers and tiles; which products are made this way, and whether it pays, is `gircse/fused_soft_token.py`'s. The
+Knows pointers and tiles; which products are made this way, and whether it pays, is `fused_soft_token.py`'s. The
 softmax is computed online (arXiv 1805.02867): a program goes through one part of the vocabulary with a running maximum
 and a running sum, and the parts are put together afterwards.
 """

@@ -1,7 +1,7 @@
 // Products with packed weights, and soft tokens, of bfloat16 by AMX: a tile of 16 rows and 32 inputs times one of 32
 // inputs and 16 outputs in one instruction. Products with weights of 8 bits: int8_tiles.h.
 //
-// gircse/step_kernels.py loads it where the processor has AMX and prefers it to step_kernels.cpp, whose calls these
+// gircse/fast/step_kernels.py loads it where the processor has AMX and prefers it to step_kernels.cpp, whose calls these
 // are. Logits stay in float32, of which PyTorch's products keep 8 bits. What a row gets depends on that row alone.
 
 #include "int8_tiles.h"

@@ -1,6 +1,6 @@
 """The steps of a batch by compiled kernels: what `GroupedSteps` does between its products, in a few calls a layer.
 
-Knows layers of Llama and families like it, and `gircse.step_kernels`; knows nothing of texts, pooling or losses. For
+Knows layers of Llama and families like it, and `step_kernels`; knows nothing of texts, pooling or losses. For
 inference alone.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from gircse import step_kernels
 from gircse.decoders import Decoder
-from gircse.grouped_steps import GroupedSteps
-from gircse.norms import is_fused
-from gircse.whole_steps import WholeStep, takes_whole_steps
+from gircse.fast import step_kernels
+from gircse.fast.grouped_steps import GroupedSteps
+from gircse.fast.norms import is_fused
+from gircse.fast.whole_steps import WholeStep, takes_whole_steps
 
 
 def takes_kernels(decoder: Decoder) -> bool:
@@ -79,7 +79,7 @@ class KernelSteps(GroupedSteps):
 
 
 class KernelGroup:
-    """A `gircse.grouped_steps.StepGroup` whose keys and values lie in rows, without padding being read.
+    """A `gircse.fast.grouped_steps.StepGroup` whose keys and values lie in rows, without padding being read.
 
     Args:
         cache: Of every layer, as `JoinedPrompts.buffers` gives them, with room for all soft tokens.
@@ -88,7 +88,7 @@ class KernelGroup:
             heads, P, d_head) each; may be empty.
 
     Attributes:
-        rows, starts, length, cache, prefix: As of `gircse.whole_steps.Rows`.
+        rows, starts, length, cache, prefix: As of `gircse.fast.whole_steps.Rows`.
         positions: (rows, 1): that of the first soft token.
     """
 

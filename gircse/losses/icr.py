@@ -14,10 +14,10 @@ from sentence_transformers.util.distributed import all_gather, all_gather_with_g
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gircse.answer_loss import answer_loss, answer_tokens
-from gircse.candidates import allowed_candidates
 from gircse.errors import UsageError
 from gircse.gradient_chain import check_soft_token_gradients
+from gircse.losses.answer import answer_loss, answer_tokens
+from gircse.losses.candidates import allowed_candidates
 
 StepWeights = Literal["uniform", "linear"]
 """How the losses of the steps are averaged: all alike (the paper), or L_k in proportion to k."""
@@ -338,7 +338,7 @@ class ICRLoss(nn.Module):
         return torch.stack(losses).mean(dim=0)
 
     def allowed_candidates(self, columns: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Which candidates stand in a row's softmax, (B, C) bool, as `gircse.candidates.allowed_candidates` says it.
+        """Which candidates stand in a row's softmax, (B, C) bool, as `gircse.losses.candidates` says it.
 
         Args:
             columns: Features of anchors, positives and each column of negatives, B rows each.

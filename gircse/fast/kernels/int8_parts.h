@@ -1,6 +1,6 @@
 // Inputs of products with weights of 8 bits, and what is made of the sums.
 //
-// As in gircse/int8.py an input is not rounded to 8 bits, but goes through the product in two parts of 8 bits. Sums are
+// As in gircse/fast/int8.py an input is not rounded to 8 bits, but goes through the product in two parts of 8 bits. Sums are
 // of whole numbers, so that all ways to them give the same.
 #pragma once
 

@@ -15,7 +15,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandCon
 from torch import Tensor
 
 from gircse.errors import UsageError
-from gircse.losses import ICRLoss, join_columns
+from gircse.losses.icr import ICRLoss, join_columns
 
 
 class CachedICRLoss(CachedLossMixin, ICRLoss):

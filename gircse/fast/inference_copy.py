@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from gircse.adapter import can_fold, lora_layers
 from gircse.decoders import Decoder
-from gircse.frozen_linear import folded
+from gircse.fast.frozen_linear import folded
+from gircse.fast.module_walk import all_modules
+from gircse.fast.packed_linear import packed_linear, packs_in_place
+from gircse.fast.packed_weights import SHARE_OF_MEMORY, can_pack, places_of
 from gircse.hardware import free_memory
-from gircse.module_walk import all_modules
-from gircse.packed_linear import packed_linear, packs_in_place
-from gircse.packed_weights import SHARE_OF_MEMORY, can_pack, places_of
 
 
 class InferenceCopy:

@@ -97,7 +97,7 @@ def int8_library() -> ctypes.CDLL | None:
 
 
 def _load(name: str, dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
-    found = find_spec(f"gircse.{name}")
+    found = find_spec(f"gircse.fast.{name}")
     if found is None or found.origin is None or os.environ.get("GIRCSE_STEP_KERNELS") == "0":
         return None
     try:
@@ -351,7 +351,7 @@ def multiply_address(dtype: torch.dtype, inputs: int, rows: int, weights: Sequen
 
 
 def step(dtype: torch.dtype, address: int) -> None:
-    """A soft token through all layers, as `gircse.whole_steps` describes it.
+    """A soft token through all layers, as `gircse.fast.whole_steps` describes it.
 
     Args:
         dtype: Of all weights and states.

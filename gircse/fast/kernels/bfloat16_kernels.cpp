@@ -1,7 +1,7 @@
 // Products with packed weights, and soft tokens, of bfloat16 by pairs: sixteen pairs of such numbers are multiplied and
 // added up in float32 by one instruction (AVX512-BF16).
 //
-// gircse/step_kernels.py loads it where the processor has that and no AMX, and prefers it to step_kernels.cpp, whose
+// gircse/fast/step_kernels.py loads it where the processor has that and no AMX, and prefers it to step_kernels.cpp, whose
 // calls these are. What a row gets depends on that row alone.
 
 #include <immintrin.h>

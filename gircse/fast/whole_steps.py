@@ -1,6 +1,6 @@
 """A soft token through all layers in one call of the compiled kernels, where all weights are packed.
 
-Knows layers of Llama and families like it, and `gircse.step_kernels`; knows nothing of texts, pooling or losses. For
+Knows layers of Llama and families like it, and `step_kernels`; knows nothing of texts, pooling or losses. For
 inference alone. A step of one row is 270 calls otherwise, and a fifth of its time is what lies between them.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gircse import step_kernels
 from gircse.decoders import Decoder
-from gircse.norms import is_fused
-from gircse.packed_linear import KernelLinear
+from gircse.fast import step_kernels
+from gircse.fast.norms import is_fused
+from gircse.fast.packed_linear import KernelLinear
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -112,7 +112,7 @@ def takes_whole_steps(decoder: Decoder, rows: int) -> bool:
     """Whether steps of so many rows are computed by `WholeStep`.
 
     Args:
-        decoder: One that `gircse.kernel_steps.takes_kernels`.
+        decoder: One that `gircse.fast.kernel_steps.takes_kernels`.
         rows: All that there will ever be.
     """
     transformer: Any = decoder.transformer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gircse.attention import ATTENTION, attend_single_queries, multiply_single_queries
 from gircse.decoders import Decoder
-from gircse.packed_linear import KernelLinear
+from gircse.fast.packed_linear import KernelLinear
 
 LLAMA_LIKE = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The transformers classes whose layers `GroupedSteps` computes, all with rotary positions and RMS norms."""
