@@ -1,13 +1,15 @@
-"""What soft tokens are made of: the heaviest vocabulary entries of each, and how far it moved the embedding.
+"""What soft tokens are made of: the heaviest vocabulary entries of each, how far it moved the vector, and their mean.
 
-Knows a model and its decoder; knows nothing of batches, files or how it is shown.
+Knows a model and its decoder; knows nothing of files or how it is shown.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -65,3 +67,26 @@ def soft_token_contents(
         )
         for step in range(num_steps)
     ]
+
+
+@torch.inference_mode()
+def mean_soft_token(model: GIRCSE, texts: Sequence[str], prompt: str | None, batch_size: int = 32) -> np.ndarray:
+    """The mean of the first soft tokens of several texts: how heavy every vocabulary entry is, (V,) float32, of sum 1.
+
+    Args:
+        model: That writes them.
+        texts: One or more.
+        prompt: Before every text.
+        batch_size: Texts at a time.
+    """
+    model.eval()
+    encoder = model.encoder
+    decoder = encoder.settled_decoder()
+    temperature, reading = encoder.refinement.temperature, encoder.refinement.reading
+    total = torch.zeros(())
+    for start in range(0, len(texts), batch_size):
+        features = encoder.pad(model.tokenize_texts(texts[start : start + batch_size], prompt).ids)
+        ids, mask = features["input_ids"].to(model.device), features["attention_mask"].to(model.device)
+        states = refine(decoder, ids, mask, num_steps=0, temperature=temperature, reading=reading)[:, 0]  # h_0, (B, d)
+        total = total + decoder.vocabulary.probabilities(states, temperature).float().sum(dim=0).cpu()  # (V,)
+    return (total / len(texts)).numpy()

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gircse"
 FLOORS = [
     {"cli"},
-    {"train", "embed", "evaluate", "search", "serve", "map", "merge", "distributed", "integrations"},
+    {"train", "embed", "evaluate", "search", "serve", "map", "groups", "merge", "distributed", "integrations"},
     {"model"},
     {"encoder", "checkpoint", "model_card", "explanation"},
     {"refiner"},

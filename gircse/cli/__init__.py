@@ -16,6 +16,8 @@ from rich.markup import escape
 
 from gircse._version import __version__
 from gircse.cli.ask import ask
+from gircse.cli.classify import classify
+from gircse.cli.cluster import cluster
 from gircse.cli.demo import demo
 from gircse.cli.embed import embed
 from gircse.cli.evaluate import evaluate
@@ -43,8 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    demo, embed, similarity, explain, index, search, rerank, ask, map, evaluate, report, train, merge, mine, serve,
-    info,
+    demo, embed, similarity, explain, index, search, rerank, ask, classify, cluster, map, evaluate, report, train,
+    merge, mine, serve, info,
 )  # fmt: skip
 
 
@@ -79,6 +81,8 @@ def _gircse(
       gircse embed corpus.jsonl -o corpus.parquet    any size, resumable
       gircse explain "who wrote Hamlet?"             what the soft tokens say
       gircse index corpus.jsonl -o corpus.index      then search, ask
+      gircse classify mail.txt --labels "complaint, praise, question"
+      gircse cluster mail.txt -k 5                   groups, and names for them
       gircse map corpus.parquet --texts corpus.jsonl -o map.html
       gircse evaluate --suite dev --data DIR -o OUT  MTEB's protocol
       gircse serve                                   OpenAI's interface

@@ -10,7 +10,8 @@ import typer
 
 from gircse.cli.common import DebugOption, JsonOption, stderr
 from gircse.errors import UsageError
-from gircse.map import DEFAULT_CLUSTERS, DEFAULT_MAX_POINTS, Method
+from gircse.groups import DEFAULT_CLUSTERS
+from gircse.map import DEFAULT_MAX_POINTS, Method
 
 
 def map(

@@ -10,8 +10,5 @@ from typing import Literal
 Method = Literal["pca", "umap"]
 """How d dimensions become two."""
 
-DEFAULT_CLUSTERS = 8
-"""k of k-means."""
-
 DEFAULT_MAX_POINTS = 10_000
 """Texts on a map at most; a larger corpus is sampled."""

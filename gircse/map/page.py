@@ -14,9 +14,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from gircse.groups.clusters import cluster, distinctive_words
 from gircse.map import Method
 from gircse.map.points import EmbeddingFile, Labels
-from gircse.map.projection import align, cluster, name_clusters, nearest, project
+from gircse.map.projection import align, nearest, project
 from gircse.search.corpus import Scalar
 
 _MAX_CATEGORIES = 12  # as many as the page has colours
@@ -50,7 +51,7 @@ def make_views(
         points = points if reference is None else align(points, reference)
         reference = points if reference is None else reference
         labels = cluster(file.vectors, clusters)
-        coloring = Coloring("cluster", name_clusters(texts, labels), labels.tolist())
+        coloring = Coloring("cluster", _cluster_names(texts, labels), labels.tolist())
         views.append(
             {
                 "name": name,
@@ -61,6 +62,12 @@ def make_views(
             }
         )
     return views
+
+
+def _cluster_names(texts: Sequence[str] | None, clusters: np.ndarray) -> list[str]:
+    """A name for every cluster: its number, and where there are texts its words."""
+    words = [[]] * (int(clusters.max()) + 1) if texts is None else distinctive_words(texts, clusters)
+    return [f"{place}: {', '.join(own)}" if own else f"cluster {place}" for place, own in enumerate(words, start=1)]
 
 
 def color_column(name: str, values: Sequence[Scalar | None]) -> Coloring:

@@ -1,18 +1,12 @@
-"""Vectors to a picture: two dimensions, clusters and their words, nearest neighbours.
+"""Vectors to a picture: two dimensions and nearest neighbours.
 
-Knows numbers and words; knows nothing of files or pages. Everything is seeded: the same vectors give the same map.
+Knows numbers; knows nothing of files or pages. Everything is seeded: the same vectors give the same map.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
-from math import log
-
 import numpy as np
 from scipy.linalg import orthogonal_procrustes
-from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from gircse.errors import MissingExtraError
@@ -62,31 +56,6 @@ def align(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
     rotation, _ = orthogonal_procrustes(points, reference)
     return _unit(points @ rotation)
-
-
-def cluster(vectors: np.ndarray, count: int) -> np.ndarray:
-    """K-means in all dimensions: the cluster of every vector, (n,), numbered from 0 by size, largest first."""
-    labels = KMeans(min(count, len(vectors)), random_state=SEED).fit_predict(vectors)
-    by_size = [label for label, _ in Counter(labels.tolist()).most_common()]
-    rank = {label: place for place, label in enumerate(by_size)}
-    return np.array([rank[label] for label in labels.tolist()])
-
-
-def name_clusters(texts: Sequence[str] | None, clusters: np.ndarray, words: int = 3) -> list[str]:
-    """A name for every cluster: the words that are frequent in it and rare in the others (TF-IDF over clusters)."""
-    count = int(clusters.max()) + 1
-    if texts is None:
-        return [f"cluster {place + 1}" for place in range(count)]
-    frequencies = [Counter[str]() for _ in range(count)]
-    for text, place in zip(texts, clusters.tolist(), strict=True):
-        frequencies[place].update(set(re.findall(r"[^\W\d_]{3,}", text.lower())))
-    spread = Counter(word for counter in frequencies for word in counter)
-    names = []
-    for place, counter in enumerate(frequencies):
-        scores = {word: seen * log((1 + count) / spread[word]) for word, seen in counter.items() if seen > 1}
-        best = sorted(scores, key=lambda word: (-scores[word], word))[:words]
-        names.append(f"{place + 1}: {', '.join(best)}" if best else f"cluster {place + 1}")
-    return names
 
 
 def nearest(vectors: np.ndarray, count: int = 5) -> np.ndarray:
