@@ -82,8 +82,8 @@ def test_instruction_and_steps_reach_the_model() -> None:
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [
-        ([], "no class"),
-        (["joy"], "1 class"),
+        ([], "not 0"),
+        (["joy"], "not 1"),
         (["joy", " "], "no name"),
         (["joy", "fear", "joy"], "'joy' is named twice"),
     ],
@@ -94,7 +94,7 @@ def test_names_that_make_no_choice_are_refused(labels: list[str], problem: str) 
 
 
 def test_examples_that_make_no_choice_are_refused() -> None:
-    with pytest.raises(UsageError, match="1 class"):
+    with pytest.raises(UsageError, match="not 1"):
         Classifier.from_examples(word_model(), ["a", "b"], ["joy", "joy"])
     with pytest.raises(UsageError, match="2 examples have 1 labels"):
         Classifier.from_examples(word_model(), ["a", "b"], ["joy"])
@@ -221,7 +221,7 @@ def test_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         (["classify", "texts.txt"], 2, "either --labels"),
         (["classify", "texts.txt", "--labels", "a,b", "--examples", "texts.jsonl"], 2, "either --labels"),
-        (["classify", "texts.txt", "--labels", "a"], 2, "1 class is no choice"),
+        (["classify", "texts.txt", "--labels", "a"], 2, "two classes or more, not 1"),
         (["classify", "texts.txt", "--labels", "missing.txt"], 1, "missing.txt"),
         (["classify", "texts.txt", "--labels", "a,b", "--truth", "label"], 2, "plain text"),
         (["classify", "texts.txt", "--labels", "a,b", "-o", "out.parquet"], 2, ".jsonl or .csv"),

@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from gircse.cli.common import (
+    ColumnOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FileArgument,
+    IdColumnOption,
+    InputFormatOption,
     JsonOption,
     ModelOption,
     NumStepsOption,
@@ -23,17 +27,7 @@ from gircse.cli.common import (
     load_model,
     stderr,
 )
-from gircse.cli.groups import (
-    ColumnOption,
-    FileArgument,
-    IdColumnOption,
-    InputFormatOption,
-    OutputOption,
-    OverwriteOption,
-    check_output,
-    read_texts,
-    write_rows,
-)
+from gircse.cli.groups import OutputOption, OverwriteOption, check_output, read_texts, write_rows
 from gircse.cli.search import shortened
 from gircse.errors import InputDataError, UsageError
 from gircse.groups import DEFAULT_INSTRUCTION
@@ -76,9 +70,10 @@ def classify(
 
     [bold]Examples[/bold]
 
-      gircse classify mail.txt --labels "complaint, praise, question" --instruction "Identify its purpose"
-      gircse classify mail.jsonl --examples sorted.jsonl --label-column team -o sorted-mail.jsonl
-      gircse classify test.jsonl --labels joy,anger,fear --instruction "Identify the emotion" --truth label
+      gircse classify mail.txt --labels "complaint, praise, question"
+      gircse classify mail.txt --labels joy,fear --instruction "Identify the emotion"
+      gircse classify mail.jsonl --examples sorted.jsonl --label-column team -o out.csv
+      gircse classify test.jsonl --labels names.txt --truth label
     """
     if (labels is None) == (examples is None):
         raise UsageError("give the classes: either --labels (their names) or --examples (texts of each)")

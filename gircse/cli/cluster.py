@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from gircse.cli.common import (
+    ColumnOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FileArgument,
+    IdColumnOption,
+    InputFormatOption,
     JsonOption,
     ModelOption,
     NumStepsOption,
@@ -20,17 +24,7 @@ from gircse.cli.common import (
     load_model,
     stderr,
 )
-from gircse.cli.groups import (
-    ColumnOption,
-    FileArgument,
-    IdColumnOption,
-    InputFormatOption,
-    OutputOption,
-    OverwriteOption,
-    check_output,
-    read_texts,
-    write_rows,
-)
+from gircse.cli.groups import OutputOption, OverwriteOption, check_output, read_texts, write_rows
 from gircse.cli.search import shortened
 from gircse.errors import InputDataError
 from gircse.groups import DEFAULT_CLUSTERS, DEFAULT_INSTRUCTION
@@ -66,8 +60,9 @@ def cluster(
 
     [bold]Examples[/bold]
 
-      gircse cluster tickets.jsonl -k 12 --instruction "Identify the problem that the customer has"
-      gircse cluster reviews.csv --column body -k 5 --instruction "Identify the emotion" -o groups.csv
+      gircse cluster tickets.jsonl -k 12 --instruction "Identify the problem"
+      gircse cluster reviews.csv --column body --instruction "Identify the emotion"
+      gircse cluster notes.txt -k 5 -o groups.csv
     """
     check_output(output, overwrite)
     given = read_texts(source, input_format, column, id_column, truth)

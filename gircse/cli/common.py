@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gircse.embed import InputFormat
 from gircse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help=DTYPE_HELP)]
 Quantize = Literal["int8"]
 QUANTIZE_HELP = "8-bit weights, on a CPU: half of float32's time and memory. Vectors change a little."
 QuantizeOption = Annotated[Quantize | None, typer.Option("--quantize", help=QUANTIZE_HELP)]
+FileArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for stdin.")
+]
+InputFormatOption = Annotated[InputFormat | None, typer.Option(help="What FILE is; told by its name, - is txt.")]
+ColumnOption = Annotated[str, typer.Option(help="JSON key, CSV header or Parquet column of the text.")]
+IdColumnOption = Annotated[
+    str | None, typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

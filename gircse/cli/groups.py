@@ -16,14 +16,6 @@ from gircse.cli.common import stderr
 from gircse.embed import InputFormat
 from gircse.errors import InputDataError, UsageError
 
-FileArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for stdin.")
-]
-InputFormatOption = Annotated[InputFormat | None, typer.Option(help="What FILE is; told by its name, - is txt.")]
-ColumnOption = Annotated[str, typer.Option(help="JSON key, CSV header or Parquet column of the text.")]
-IdColumnOption = Annotated[
-    str | None, typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.")
-]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUTPUT", help="A row a text, .jsonl or .csv.")
 ]

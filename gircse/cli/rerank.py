@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from gircse.cli.common import (
+    ColumnOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FileArgument,
+    IdColumnOption,
+    InputFormatOption,
     InstructionOption,
     JsonOption,
     ModelOption,
@@ -22,20 +26,15 @@ from gircse.cli.common import (
     load_model,
 )
 from gircse.cli.search import shortened
-from gircse.embed import InputFormat
 from gircse.errors import InputDataError
 
 
 def rerank(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.")],
-    source: Annotated[
-        str, typer.Argument(metavar="FILE", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for stdin.")
-    ],
-    input_format: Annotated[InputFormat | None, typer.Option(help="What FILE is; told by its name, - is txt.")] = None,
-    column: Annotated[str, typer.Option(help="JSON key, CSV header or Parquet column of the text.")] = "text",
-    id_column: Annotated[
-        str | None, typer.Option(help="The same of the ids. Row numbers, counted from 1, where not given.")
-    ] = None,
+    source: FileArgument,
+    input_format: InputFormatOption = None,
+    column: ColumnOption = "text",
+    id_column: IdColumnOption = None,
     top: Annotated[int | None, typer.Option(min=1, help="Texts shown; all where not given.")] = None,
     instruction: InstructionOption = None,
     num_steps: NumStepsOption = None,

@@ -150,7 +150,7 @@ def check_labels(labels: Sequence[str]) -> None:
         UsageError: Fewer than two, an empty one, or one that is there twice.
     """
     if len(labels) < 2:
-        raise UsageError(f"{len(labels) or 'no'} class is no choice; give two or more")
+        raise UsageError(f"give two classes or more, not {len(labels)}")
     if any(not label.strip() for label in labels):
         raise UsageError("a class has no name; give every class one")
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
