@@ -89,6 +89,11 @@ def test_wrong_fields_are_named(server: str) -> None:
                  {"query": "", "documents": ["b"]}, {"query": "a", "documents": ["b"], "top_n": 0},
                  {"query": "a", "documents": ["b"], "return_documents": "yes"}):  # fmt: skip
         assert error(post(server, body, "/v1/rerank"), 400)["param"]
+    for body in ({"input": ["a"]}, {"input": ["a"], "labels": ["x"]}, {"input": [], "labels": ["x", "y"]},
+                 {"input": ["a"], "labels": ["x", "x"]}, {"input": ["a"], "labels": ["x", " "]},
+                 {"input": ["a"], "labels": [f"x{n}" for n in range(257)]}, {"input": ["a"], "labels": "xy"},
+                 {"input": ["a"], "labels": ["x", "y"], "instruction": None}):  # fmt: skip
+        assert error(post(server, body, "/v1/classify"), 400)["param"]
 
 
 def test_other_refusals(server: str) -> None:
@@ -135,4 +140,4 @@ def test_schemathesis_finds_no_fault(server: str) -> None:
         capture_output=True, text=True, timeout=170, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"Tested: +9", done.stdout)
+    assert re.search(r"Tested: +10", done.stdout)

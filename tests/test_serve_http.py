@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from gircse.errors import UsageError
+from gircse.groups.classify import Classifier
 from gircse.model import GIRCSE
 from gircse.serve.app import create_app
 from gircse.serve.engine import Engine
@@ -131,6 +132,23 @@ def test_rerank(server: str, model: GIRCSE) -> None:
         model.encode_query(query, instruction="find", num_steps=1), model.encode_document(documents, num_steps=1)
     )[0].numpy()
     assert steered["results"][0]["relevance_score"] == pytest.approx(scores.max(), abs=1e-5)
+
+
+def test_classify(server: str, model: GIRCSE) -> None:
+    texts, labels = ["dogs", "a cat sleeps", "x"], ["cat", "dog", "the_letter_x"]
+    body = {"input": [texts[0], {"text": texts[1]}, texts[2]], "labels": labels}
+    for options in ({"instruction": "a"}, {"instruction": "find", "num_steps": 1}):
+        answer = post(server, body | options, "/v1/classify").json()
+        expected = Classifier.from_labels(model, labels, **options)
+        assigned, scores = expected(texts), expected.scores(texts)
+        assert [one["index"] for one in answer["data"]] == [0, 1, 2]
+        assert [one["prediction"] for one in answer["data"]] == [own.label for own in assigned]
+        assert [one["score"] for one in answer["data"]] == pytest.approx([own.score for own in assigned], abs=1e-5)
+        found = [[one["score"] for one in own["predictions"]] for own in answer["data"]]
+        np.testing.assert_allclose(found, scores, atol=1e-5)
+        assert [one["label"] for one in answer["data"][0]["predictions"]] == labels
+    assert error(post(server, body, "/v1/classify"), 400)["param"] == "instruction", "too long for so small a model"
+    assert "model_not_found" in error(post(server, body | {"model": "gpt"}, "/v1/classify"), 404)["code"]
 
 
 def test_explain(server: str, model: GIRCSE) -> None:

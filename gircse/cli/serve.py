@@ -102,7 +102,8 @@ def serve(
 ) -> None:
     """Serve embeddings over HTTP: OpenAI's interface, reranking, metrics, and a playground in the browser.
 
-    POST /v1/embeddings, /v1/rerank, /v1/explain; GET /v1/models, /health, /metrics, /docs, and / for the playground.
+    POST /v1/embeddings, /v1/rerank, /v1/classify, /v1/explain; GET /v1/models, /health, /metrics, /docs, and / for the
+    playground.
     The official OpenAI clients work with base_url=http://HOST:PORT/v1. SIGTERM finishes what is queued and exits 0.
 
     [bold]Examples[/bold]

@@ -84,7 +84,7 @@ class Classifier:
         """
         check_labels(labels)
         embed = _embedder(model, instruction, num_steps)
-        names = embed([label.replace("_", " ") for label in labels])  # (C, d)
+        names = embed(texts_of_labels(labels))  # (C, d)
         return cls(embed, labels, lambda vectors: vectors @ names.T)
 
     @classmethod
@@ -141,6 +141,11 @@ def _embedder(model: GIRCSE, instruction: str, num_steps: int | None) -> Callabl
         return model.encode(list(texts), prompt=prompt, num_steps=num_steps, normalize_embeddings=True)
 
     return embed
+
+
+def texts_of_labels(labels: Sequence[str]) -> list[str]:
+    """What is embedded for the names of classes: an underscore is read as a space."""
+    return [label.replace("_", " ") for label in labels]
 
 
 def check_labels(labels: Sequence[str]) -> None:

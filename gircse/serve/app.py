@@ -10,12 +10,13 @@ import base64
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
@@ -32,7 +33,7 @@ from gircse.serve import schemas
 from gircse.serve.errors import error_response, refusal_response, validation_response
 from gircse.serve.middleware import CLIENT_GONE, Gate, facts_of
 from gircse.serve.refusals import Refusal
-from gircse.serve.service import Embedded, Service
+from gircse.serve.service import Classes, Embedded, Service
 
 logger = logging.getLogger("gircse.serve")
 
@@ -55,6 +56,7 @@ _FIELDS = {
     for name, schema in (
         ("embeddings", schemas.EmbeddingRequest),
         ("rerank", schemas.RerankRequest),
+        ("classify", schemas.ClassifyRequest),
         ("explain", schemas.ExplainRequest),
     )
 }
@@ -161,6 +163,23 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
             "usage": {"prompt_tokens": done.tokens, "total_tokens": done.tokens},
         }
         return _json(to_json(answer), done.truncated)
+
+    @app.post("/v1/classify", response_model=schemas.ClassifyResponse, tags=["embeddings"])
+    async def classify(body: schemas.ClassifyRequest, request: Request) -> Response:
+        """Texts into classes by the names of the classes alone, as Jina's `/v1/classify`."""
+        logged = facts_of(request.scope).logged
+        logged["texts"] = len(body.input) + len(body.labels)
+        if settings.log_texts:
+            logged |= {"input": body.input, "labels": body.labels, "instruction": body.instruction}
+        done = await _while_connected(
+            request,
+            service.classify(
+                body.input, body.labels, instruction=body.instruction, model=body.model, num_steps=body.num_steps
+            ),
+        )
+        _note(service, request, done.tokens, done.num_steps, done.truncated)
+        content = await run_in_threadpool(_render_classes, done, body.labels, service.limits.names[0])
+        return _json(content, done.truncated)
 
     @app.post("/v1/explain", response_model=schemas.ExplainResponse, tags=["looking inside"])
     async def explain(body: schemas.ExplainRequest, request: Request) -> Response:
@@ -319,6 +338,17 @@ def _render_embeddings(done: Embedded, encoding: str, model: str) -> bytes:
     else:
         values = done.vectors.tolist()
     data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)]
+    usage = {"prompt_tokens": done.tokens, "total_tokens": done.tokens}
+    return to_json({"object": "list", "data": data, "model": model, "usage": usage})
+
+
+def _render_classes(done: Classes, labels: Sequence[str], model: str) -> bytes:
+    data = []
+    for index, row in enumerate(done.scores.tolist()):
+        best = int(np.argmax(row))
+        scores = [{"label": label, "score": score} for label, score in zip(labels, row, strict=True)]
+        result = {"object": "classification", "index": index, "prediction": labels[best], "score": row[best]}
+        data.append(result | {"predictions": scores})
     usage = {"prompt_tokens": done.tokens, "total_tokens": done.tokens}
     return to_json({"object": "list", "data": data, "model": model, "usage": usage})
 

@@ -27,8 +27,8 @@ CLIENT_GONE = 499
 """In logs and metrics: nobody waited for the answer."""
 
 _ENDPOINTS = (
-    "/v1/embeddings", "/v1/rerank", "/v1/explain", "/v1/models", "/health", "/health/live", "/health/ready", "/metrics",
-    "/", "/docs", "/openapi.json",
+    "/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/explain", "/v1/models", "/health", "/health/live",
+    "/health/ready", "/metrics", "/", "/docs", "/openapi.json",
 )  # fmt: skip
 _PUBLIC = frozenset(
     {"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health", "/health/live", "/health/ready"}

@@ -6,9 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, WithJsonSchema
 
+from gircse.groups import DEFAULT_INSTRUCTION
 from gircse.serve.settings import MAX_ITEMS, InputType
 
 # Inputs are checked by hand: a union of four list types would report each of 2,048 items against each of its members.
+
+MAX_LABELS = 256
+"""Classes of a request, as many as Jina's: an answer has a score for every text and class."""
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _INPUT_SCHEMA = {
@@ -201,6 +205,57 @@ class RerankResponse(BaseModel):
     object: Literal["list"] = "list"
     model: str
     results: list[RerankResult]
+    usage: Usage
+
+
+class ClassifyRequest(_Request):
+    """Jina's fields, and two more: `num_steps` and `instruction`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "input": ["Great service!", "When do you open?"],
+                "labels": ["praise", "question"],
+                "instruction": "Identify the purpose of the message",
+            }
+        },
+    )
+    input: Documents
+    labels: list[Text] = Field(
+        min_length=2,
+        max_length=MAX_LABELS,
+        json_schema_extra={"uniqueItems": True},
+        description="Names of the classes, each once; an underscore is a space.",
+    )
+    model: Text | None = _MODEL
+    num_steps: WholeNumber | None = _NUM_STEPS
+    instruction: Text = Field(default=DEFAULT_INSTRUCTION, description="What the classes are about.")
+
+
+class LabelScore(BaseModel):
+    """The cosine similarity of a text to the name of a class."""
+
+    label: str
+    score: float
+
+
+class Classification(BaseModel):
+    """The class of a text, and its scores for all of them in the order of the request."""
+
+    object: Literal["classification"] = "classification"
+    index: int
+    prediction: str
+    score: float
+    predictions: list[LabelScore]
+
+
+class ClassifyResponse(BaseModel):
+    """Classes in the order of the inputs."""
+
+    object: Literal["list"] = "list"
+    data: list[Classification]
+    model: str
     usage: Usage
 
 

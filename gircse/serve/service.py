@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from gircse.errors import UsageError
+from gircse.groups.classify import check_labels, texts_of_labels
 from gircse.serve.engine import Engine, ModelBackend
 from gircse.serve.metrics import Metrics
 from gircse.serve.refusals import (
@@ -67,6 +68,23 @@ class Ranking:
 
     order: list[int]
     scores: list[float]
+    tokens: int
+    truncated: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Texts by their similarity to the names of classes.
+
+    Attributes:
+        scores: (texts, classes) cosine similarities.
+        tokens: Prompt tokens of texts and names.
+        truncated: Texts that were cut.
+        num_steps: K that was used.
+    """
+
+    scores: np.ndarray
     tokens: int
     truncated: int
     num_steps: int
@@ -211,6 +229,42 @@ class Service:
         order = np.argsort(-scores, kind="stable")[:top_n].tolist()
         tokens = sum(map(len, ids)) + sum(map(len, more))
         return Ranking(order, scores[order].tolist(), tokens, truncated + cut, steps)
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        instruction: str,
+        model: str | None = None,
+        num_steps: int | None = None,
+    ) -> Classes:
+        """Cosine similarities between texts and names of classes, all under the instruction.
+
+        Args:
+            texts: The texts.
+            labels: As `gircse.groups.classify.Classifier.from_labels` takes them.
+            instruction: What the classes are about.
+            model: As in `embed`.
+            num_steps: As in `embed`.
+
+        Raises:
+            Refusal: As in `embed`; texts and names together are the items of the request.
+        """
+        self.check_model(model)
+        steps = self._check_steps(num_steps)
+        try:
+            check_labels(labels)
+        except UsageError as error:
+            raise InvalidRequestError(str(error), param="labels") from error
+        self._check_items(len(texts) + len(labels), "input")
+        async with self._admitted(len(texts) + len(labels)):
+            prompt = self.model.format_instruction(instruction)
+            ids, truncated = await self._tokenize(texts, prompt, "input")
+            names, cut = await self._tokenize(texts_of_labels(labels), prompt, "labels")
+            vectors = await asyncio.wrap_future(self.engine.submit(ids + names, steps))
+        scores = vectors[: len(texts)] @ vectors[len(texts) :].T
+        return Classes(scores, sum(map(len, ids)) + sum(map(len, names)), truncated + cut, steps)
 
     async def explain(
         self, text: str, *, instruction: str | None = None, num_steps: int | None = None, top: int = 5
