@@ -46,7 +46,7 @@ class Remembering:
         self._known: dict[tuple[str, str], np.ndarray] = {}  # (21, d): K = 0, 1, ... 20
         self.format_instruction = model.format_instruction
 
-    def encode(self, texts: list[str], *, prompt: str, num_steps: int, normalize_embeddings: bool) -> np.ndarray:
+    def encode(self, texts: list[str], *, prompt: str, num_steps: int, **_: Any) -> np.ndarray:
         if new := [text for text in dict.fromkeys(texts) if (prompt, text) not in self._known]:
             plain = self._model.encode(new, prompt=prompt, num_steps=0)
             steps = self._model.encode_steps(new, prompt=prompt, num_steps=STEPS[-1])
@@ -65,7 +65,9 @@ class Uninstructed:
     def format_instruction(self, instruction: str) -> str:
         return ""
 
-    def encode(self, texts: list[str], *, prompt: str, num_steps: int | None, normalize_embeddings: bool) -> np.ndarray:
+    def encode(
+        self, texts: list[str], *, prompt: str, num_steps: int | None, normalize_embeddings: bool, **_: Any
+    ) -> np.ndarray:
         return self._model.encode(texts, normalize_embeddings=normalize_embeddings)
 
 

@@ -30,7 +30,9 @@ class WordModel:
     def format_instruction(self, instruction: str) -> str:
         return f"{instruction}: "
 
-    def encode(self, texts: list[str], *, prompt: str, num_steps: int | None, normalize_embeddings: bool) -> np.ndarray:
+    def encode(
+        self, texts: list[str], *, prompt: str, num_steps: int | None, normalize_embeddings: bool, **_: Any
+    ) -> np.ndarray:
         assert normalize_embeddings
         self.steps.append(num_steps)
         vectors = np.full((len(texts), 3), 0.1, dtype=np.float32)
@@ -116,6 +118,13 @@ def test_clusters_are_the_groups_with_their_words_and_centres() -> None:
     ]
     words = distinctive_words([f"the {('cat', 'dog', 'cow')[g]} of {n}" for n, g in enumerate(groups)], found)
     assert [own[0] for own in words] == ["cat", "dog", "cow"]
+
+
+def test_texts_that_are_all_alike_are_one_cluster() -> None:
+    vectors = np.tile(np.array([[0.6, 0.8]], dtype=np.float32), (5, 1))
+    found = cluster(vectors, 3)
+    assert found.tolist() == [0] * 5
+    np.testing.assert_allclose(closeness(vectors, found), 1, rtol=1e-6)
 
 
 def test_the_mean_soft_token_is_that_of_the_texts(saved: str) -> None:

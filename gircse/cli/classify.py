@@ -86,12 +86,12 @@ def classify(
 
         check_labels(names if shown is None else list(dict.fromkeys(shown.labels)))
     loaded = load_model(model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps)
-    with stderr.status(f"classifying {len(given.texts):,} texts"):
+    with stderr.status("reading the classes"):
         if shown is None:
             classifier = Classifier.from_labels(loaded, names, instruction=instruction)
         else:
             classifier = Classifier.from_examples(loaded, shown.texts, shown.labels, instruction=instruction)
-        assigned = classifier(given.texts)
+    assigned = classifier(given.texts, show_progress_bar=stderr.is_terminal)
     rows = [
         {"id": key, **asdict(own), "text": text}
         for key, text, own in zip(given.ids, given.texts, assigned, strict=True)

@@ -69,11 +69,11 @@ def cluster(
     if len(given.texts) < clusters:
         raise InputDataError(source, None, f"{len(given.texts)} texts make no {clusters} groups; lower --clusters")
     loaded = load_model(model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps)
-    with stderr.status(f"grouping {len(given.texts):,} texts"):
+    prompt = loaded.format_instruction(instruction)
+    vectors = loaded.encode(given.texts, prompt=prompt, normalize_embeddings=True, show_progress_bar=stderr.is_terminal)
+    with stderr.status("grouping"):
         from gircse.groups import clusters as found
 
-        prompt = loaded.format_instruction(instruction)
-        vectors = loaded.encode(given.texts, prompt=prompt, normalize_embeddings=True)
         places = found.cluster(vectors, clusters)
         near = found.closeness(vectors, places)
         spokesmen = found.most_central(near, places, found.TEXTS_A_NAME)

@@ -54,7 +54,7 @@ class Classifier:
 
     def __init__(
         self,
-        embed: Callable[[Sequence[str]], np.ndarray],
+        embed: Callable[..., np.ndarray],
         labels: Sequence[str],
         decide: Callable[[np.ndarray], np.ndarray],
     ) -> None:
@@ -119,26 +119,33 @@ class Classifier:
         regression.fit(embed(texts), list(labels))
         return cls(embed, [str(label) for label in regression.classes_], regression.predict_proba)
 
-    def scores(self, texts: Sequence[str]) -> np.ndarray:
+    def scores(self, texts: Sequence[str], *, show_progress_bar: bool = False) -> np.ndarray:
         """Of every text for every class, (n, C), in the order of `labels`; `Assignment.score` says what they are."""
         if not len(texts):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
-        return np.asarray(self._decide(self._embed(texts)))
+        return np.asarray(self._decide(self._embed(texts, show_progress_bar=show_progress_bar)))
 
-    def __call__(self, texts: Sequence[str]) -> list[Assignment]:
-        """The class of every text."""
+    def __call__(self, texts: Sequence[str], *, show_progress_bar: bool = False) -> list[Assignment]:
+        """The class of every text; progress is shown on stderr."""
         result = []
-        for row in self.scores(texts):
+        for row in self.scores(texts, show_progress_bar=show_progress_bar):
             second, first = np.argsort(row, kind="stable")[-2:]
             result.append(Assignment(self.labels[first], float(row[first]), float(row[first] - row[second])))
         return result
 
 
-def _embedder(model: GIRCSE, instruction: str, num_steps: int | None) -> Callable[[Sequence[str]], np.ndarray]:
+def _embedder(model: GIRCSE, instruction: str, num_steps: int | None) -> Callable[..., np.ndarray]:
+    """Vectors of length 1, (n, d), of texts under the instruction."""
     prompt = model.format_instruction(instruction)
 
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        return model.encode(list(texts), prompt=prompt, num_steps=num_steps, normalize_embeddings=True)
+    def embed(texts: Sequence[str], *, show_progress_bar: bool = False) -> np.ndarray:
+        return model.encode(
+            list(texts),
+            prompt=prompt,
+            num_steps=num_steps,
+            normalize_embeddings=True,
+            show_progress_bar=show_progress_bar,
+        )
 
     return embed
 

@@ -78,9 +78,8 @@ def spoken_words(
     """
     from gircse.explanation import mean_soft_token
 
-    said = np.stack(
-        [mean_soft_token(model, [texts[int(row)] for row in rows], prompt) for rows in groups]
-    )  # (groups, V)
+    central = [[texts[int(row)] for row in rows] for rows in groups]
+    said = np.stack([mean_soft_token(model, own, prompt) for own in central])  # (groups, V)
     gains = said * np.log((said + 1e-6) / (said.mean(axis=0) + 1e-6))
     tokenizer = model.encoder.tokenizer
     marked = any(mark in token for token in map(str, tokenizer.get_vocab()) for mark in _WORD_STARTS)
