@@ -137,7 +137,8 @@ def test_rerank(server: str, model: GIRCSE) -> None:
 def test_classify(server: str, model: GIRCSE) -> None:
     texts, labels = ["dogs", "a cat sleeps", "x"], ["cat", "dog", "the_letter_x"]
     body = {"input": [texts[0], {"text": texts[1]}, texts[2]], "labels": labels}
-    for options in ({"instruction": "a"}, {"instruction": "find", "num_steps": 1}):
+    asked: list[dict[str, Any]] = [{"instruction": "a"}, {"instruction": "find", "num_steps": 1}]
+    for options in asked:
         answer = post(server, body | options, "/v1/classify").json()
         expected = Classifier.from_labels(model, labels, **options)
         assigned, scores = expected(texts), expected.scores(texts)
