@@ -42,7 +42,9 @@ def classify(
     examples: Annotated[
         str | None, typer.Option("--examples", metavar="FILE", help="Texts with their classes: .jsonl, .csv, .parquet.")
     ] = None,
-    label_column: Annotated[str, typer.Option("--label-column", help="Of the classes in --examples.")] = "label",
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", help="Of the classes in --examples; label where not given.")
+    ] = None,
     truth: Annotated[
         str | None, typer.Option("--truth", metavar="COLUMN", help="True classes in FILE: says how many were found.")
     ] = None,
@@ -77,10 +79,12 @@ def classify(
     """
     if (labels is None) == (examples is None):
         raise UsageError("give the classes: either --labels (their names) or --examples (texts of each)")
+    if label_column is not None and examples is None:
+        raise UsageError("--label-column is of --examples; the true classes of FILE are --truth")
     check_output(output, overwrite)
     given = read_texts(source, input_format, column, id_column, truth)
     names = [] if labels is None else _names(labels)
-    shown = None if examples is None else read_texts(examples, None, column, None, label_column)
+    shown = None if examples is None else read_texts(examples, None, column, None, label_column or "label")
     with stderr.status("reading"):
         from gircse.groups.classify import Classifier, check_labels
 

@@ -76,9 +76,13 @@ def check_output(output: Path | None, overwrite: bool) -> None:
         UsageError: It says so in a line.
     """
     if output is None:
+        if overwrite:
+            raise UsageError("--overwrite replaces OUTPUT; name it with -o")
         return
     if output.suffix.lower() not in (".jsonl", ".csv"):
         raise UsageError(f"{output}: OUTPUT must end in .jsonl or .csv")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.parent}; make it first")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists: choose another OUTPUT, or replace it with --overwrite")
 
