@@ -39,7 +39,7 @@ from gircse.decoders import Decoder, require_exact
 from gircse.errors import GircseError, UsageError
 from gircse.fast.frozen_linear import freeze_linear_layers
 from gircse.fast.inference_copy import InferenceCopy
-from gircse.fast.int8 import check_int8, int8_linear
+from gircse.fast.int8 import int8_linear
 from gircse.fast.norms import use_fused_norms
 from gircse.fast.packed_linear import packed_linear, packs_in_place
 from gircse.fast.packed_weights import SHARE_OF_MEMORY, PackedWeights
@@ -222,11 +222,10 @@ class GenerativeEncoder(InputModule):
         """Round the weights of all linear layers to 8 bits, the adapter folded in; there is no way back.
 
         Raises:
-            UsageError: The processor has no 8-bit products, the model is not on the CPU, or its weights are packed.
+            UsageError: The model is not on the CPU, or its weights are packed.
         """
         if self.quantized:
             return
-        check_int8()
         if self.backbone.device.type != "cpu":
             raise UsageError(f"8-bit weights compute on the CPU, not on {self.backbone.device.type}; choose device cpu")
         if self.frozen:

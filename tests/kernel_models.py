@@ -126,12 +126,17 @@ def packed_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder
 
 
-def int8_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def skip_without_int8(kind: type[Int8Linear]) -> None:
+    """Skip where there are no kernels for such layers on this processor."""
+    if kind is Int8Linear and not step_kernels.panel_width(64, 64, torch.int8, ROWS_PACKED_FOR):
+        pytest.skip("no products of 8 bits, or oneDNN packs otherwise on this processor")
+
+
+def int8_model(kind: type[Int8Linear], family: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """One whose linear layers have weights of 8 bits, where there are kernels for those on this processor."""
     decoder = kernel_model(family, dtype)
-    if not step_kernels.panel_width(64, 64, torch.int8, ROWS_PACKED_FOR):
-        pytest.skip("no products of 8 bits, or oneDNN packs otherwise on this processor")
-    freeze_linear_layers(decoder.transformer, Int8Linear)
+    skip_without_int8(kind)
+    freeze_linear_layers(decoder.transformer, kind)
     return decoder
 
 

@@ -86,9 +86,9 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "model" not in json.loads(out)
     names = "library", "matrix_library", "bfloat16_library", "int8_library"
     for found, told in (
-        ((1, 1, 1, 1), "yes, for AMX, AVX512-BF16 and 8-bit weights too"),
-        ((1, None, 1, 1), "yes, for AVX512-BF16 and 8-bit weights too"),
-        ((1, None, None, 1), "yes, for 8-bit weights too"),
+        ((1, 1, 1, 1), "yes, for AMX, AVX512-BF16 and VNNI too"),
+        ((1, None, 1, 1), "yes, for AVX512-BF16 and VNNI too"),
+        ((1, None, None, 1), "yes, for VNNI too"),
         ((1, None, None, None), "yes"),
         ((None, None, None, None), "no, so a CPU is slower; made at installation where there is g++"),
     ):

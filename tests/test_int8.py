@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,31 @@ from gircse.cli import app
 from gircse.errors import UsageError
 from gircse.fast import int8
 from gircse.fast.frozen_linear import freeze_linear_layers
-from gircse.fast.int8 import Int8Linear, check_int8
+from gircse.fast.int8 import Int8Linear, WidenedInt8Linear, int8_linear
 from gircse.fast.packed_linear import TableLinear
 from gircse.model import GIRCSE
 from gircse.search.answer import BackboneWriter
 from tests.task_folders import write_all
 from tests.tiny import tiny_backbone
 
+MULTIPLIES_INT8 = int8.multiplies_int8
 TEXTS = ["one", "a second text", "and a third one that is longer", "four", "five", "", "four"]
 
 
-def _possible() -> bool:
-    try:
-        check_int8()
-    except UsageError:
-        return False
-    return True
+@pytest.fixture(scope="module", params=[True, False], ids=["integers", "widened"], autouse=True)
+def multiplied(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether products are of integers, as processors with VNNI compute them, or of float32, as others do."""
+    if request.param and not int8.multiplies_int8():
+        pytest.skip("this processor does not multiply integers of 8 bits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "multiplies_int8", lambda: request.param)
+        yield request.param
 
 
-pytestmark = pytest.mark.skipif(not _possible(), reason="this processor has no 8-bit products")
+def layer_of(linear: nn.Linear) -> Int8Linear:
+    made = int8_linear(linear.weight, linear.bias, table=torch.empty(0))
+    assert isinstance(made, Int8Linear)
+    return made
 
 
 @pytest.fixture
@@ -61,20 +68,26 @@ def prompt_states(model: GIRCSE) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "width", "bias"), [(576, 1536, False), (17, 5, True), (192, 576, True)])
-def test_products_are_those_of_the_rounded_weights(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
+def test_products_are_those_of_the_rounded_weights(
+    out: int, width: int, bias: bool, dtype: torch.dtype, multiplied: bool
+) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(width, out, bias=bias)
-    made = Int8Linear(layer.weight, layer.bias)
+    made = layer_of(layer)
+    assert type(made) is (Int8Linear if multiplied else WidenedInt8Linear)
     weight = made.matrix().double() * made.scale.unsqueeze(1)
     steps = (weight - layer.weight).abs() / made.scale.unsqueeze(1)
     assert steps.max() <= 0.501, "to the nearest integer"
-    for rows in (1, 3, 64, 65, 300):  # the sizes are such as kernels take, and such as they leave to oneDNN
+    for rows in (1, 2, 3, 5, 6, 64, 65, 300):  # the sizes are such as kernels take, and such as they leave to oneDNN
         x = (torch.randn(rows, width) * torch.logspace(-3, 3, rows).unsqueeze(1)).to(dtype)
         x[0, 0] = 40 * x[0].abs().max()  # a value that dwarfs its own row and must not touch another
         found, wanted = made(x), F.linear(x.double(), weight, None if layer.bias is None else layer.bias.double())
         assert found.dtype == dtype
         half_step = x.double().abs().amax(dim=1, keepdim=True) / 127 / 254 / 2  # of the input's second part
-        bound = half_step * weight.abs().sum(dim=1) + 1e-5 * wanted.abs() + 1e-6
+        if multiplied:
+            bound = half_step * weight.abs().sum(dim=1) + 1e-5 * wanted.abs() + 1e-6
+        else:  # inputs are not rounded, sums are of float32
+            bound = 1e-6 * (x.double().abs() @ weight.abs().T) + 1e-6
         bound += 0 if dtype == torch.float32 else 2**-8 * wanted.abs()
         assert bool(((found.double() - wanted).abs() <= bound).all())
     assert made(torch.zeros(2, 3, width, dtype=dtype)).shape == (2, 3, out)
@@ -147,19 +160,21 @@ def test_what_they_cannot_do_is_said_in_a_line(quantized: GIRCSE, tmp_path: Path
         quantized.save_pretrained(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match="the plain LLM is gone"):
         list(BackboneWriter(quantized.encoder).write([{"role": "user", "content": "hello"}]))
-    layer = Int8Linear(torch.randn(4, 3))
+    layer = layer_of(nn.Linear(3, 4, bias=False))
     with pytest.raises(UsageError, match="no gradients"):
         layer(torch.randn(2, 3, requires_grad=True))
     with pytest.raises(UsageError, match="compute on the CPU"):
         layer(torch.randn(2, 3, device="meta"))
 
 
-def test_processors_that_would_lose_sums_are_refused(monkeypatch: pytest.MonkeyPatch, model: GIRCSE) -> None:
-    monkeypatch.setattr(int8.torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(UsageError, match="AVX512-VNNI"):
-        model.quantize_weights()
-    assert model.encoder.weights_dtype == "float32"
-    model.encode(TEXTS)
+def test_processors_that_would_lose_sums_multiply_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "multiplies_int8", MULTIPLIES_INT8)
+    for has_vnni, capability in ((True, "AVX512"), (False, "AVX512"), (True, "AVX2"), (False, "DEFAULT")):
+        monkeypatch.setattr(int8.torch.cpu, "_is_vnni_supported", lambda has=has_vnni: has)
+        monkeypatch.setattr(int8.torch.backends.cpu, "get_cpu_capability", lambda of=capability: of)
+        made = int8_linear(torch.randn(4, 3), None, table=torch.empty(0))
+        both = has_vnni and capability == "AVX512" and torch.backends.mkldnn.is_available()
+        assert type(made) is (Int8Linear if both else WidenedInt8Linear)
 
 
 def test_only_linear_layers_are_replaced() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gircse import refiner
 from gircse.decoders import Decoder
-from gircse.fast import kernel_steps, step_kernels
-from gircse.fast.int8 import Int8Linear
+from gircse.fast import int8, kernel_steps, step_kernels
+from gircse.fast.int8 import Int8Linear, WidenedInt8Linear
 from gircse.fast.kernel_steps import takes_kernels
 from gircse.fast.packed_linear import packs_in_place
 from gircse.fast.whole_steps import WholeStep, takes_whole_steps
@@ -143,10 +143,16 @@ def test_a_step_in_one_call(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("kind", [Int8Linear, WidenedInt8Linear])
 def test_weights_of_8_bits_in_one_call(
-    family: str, dtype: torch.dtype, compiled: str, whole: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: type[Int8Linear],
+    family: str,
+    dtype: torch.dtype,
+    compiled: str,
+    whole: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decoder, batch = int8_model(family, dtype), instructed_batch(LENGTHS, 7, side="left")
+    decoder, batch = int8_model(kind, family, dtype), instructed_batch(LENGTHS, 7, side="left")
     own = [3, 0, 5, 5, 1, 4, 2, 5, 3, 3]
     with torch.no_grad():
         states = refine(decoder, *batch, num_steps=own, prompt_tokens=40)
@@ -154,7 +160,7 @@ def test_weights_of_8_bits_in_one_call(
         monkeypatch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
         by_layers = refine(decoder, *batch, num_steps=own, prompt_tokens=40)
         all_rows = refine(decoder, *batch, num_steps=5, prompt_tokens=40)
-    exact = recomputed(int8_model(family), *batch, num_steps=5)
+    exact = recomputed(int8_model(kind, family), *batch, num_steps=5)
     if dtype == torch.bfloat16:
         assert relative_error(all_rows, exact) <= 1.5 * relative_error(recomputed(decoder, *batch, num_steps=5), exact)
         return
@@ -189,22 +195,27 @@ def test_a_step_is_one_call_where_all_of_it_is_packed(compiled: str, whole: list
     assert len(whole) == 2
 
 
-@pytest.mark.parametrize("kind", ["copy", "packed", "int8"])
+@pytest.mark.parametrize("kind", ["copy", "packed", "int8", "widened"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_shipped_model_takes_whole_steps(dtype: torch.dtype, kind: str, compiled: str, whole: list[int]) -> None:
     """What it is made of could change with transformers, and no result would tell."""
-    if not packs_in_place(dtype) or (kind == "int8" and step_kernels.int8_library() is None):
+    of_8_bits = kind in ("int8", "widened")
+    if (not of_8_bits and not packs_in_place(dtype)) or (kind == "int8" and step_kernels.int8_library() is None):
         pytest.skip("no such weights on this processor")
     model = GIRCSE(dtype=dtype)
-    change = {"copy": lambda: None, "packed": model.pack_weights, "int8": model.quantize_weights}
-    change[kind]()
+    if kind == "packed":
+        model.pack_weights()
+    elif of_8_bits:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(int8, "multiplies_int8", lambda: kind == "int8")
+            model.quantize_weights()
     texts = ["how do plants eat?"]
     vector = torch.tensor(model.encode(texts, num_steps=2))
     assert whole == [1, 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_steps, "takes_whole_steps", lambda *_: False)
         assert torch.equal(torch.tensor(model.encode(texts, num_steps=2)), vector)
-    if kind == "int8":
+    if of_8_bits:
         together = model.encode([*texts, "a longer text", "and others"], num_steps=2)
         assert 1 - torch.cosine_similarity(vector[0], torch.tensor(together[0]), dim=0) < 2e-4
 

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import gircse
 from gircse import soft_tokens
 from gircse.fast import step_kernels
-from gircse.fast.int8 import Int8Linear
+from gircse.fast.int8 import Int8Linear, WidenedInt8Linear
 from gircse.fast.kernel_steps import takes_kernels
 from gircse.fast.norms import frugal_norm
 from gircse.fast.packed_linear import PackedLinear, packs_in_place
 from gircse.fast.packed_weights import ROWS_PACKED_FOR
-from tests.kernel_models import DTYPES, TOLERANCE, forget, kernel_model
+from tests.kernel_models import DTYPES, TOLERANCE, forget, kernel_model, skip_without_int8
 from tests.tiny import relative_error
 
 
@@ -198,18 +198,13 @@ def test_every_width_of_panels(panel: int, dtype: torch.dtype, compiled: str) ->
     assert relative_error(second, F.linear(x.float(), weights[1].float(), bias.float())) <= TOLERANCE[dtype]
 
 
-def skip_without_int8() -> None:
-    if step_kernels.int8_library() is None:
-        pytest.skip("no products of 8 bits on this processor")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("panel", step_kernels.PANELS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 35])
 @pytest.mark.parametrize("width", [128, 80])
 def test_weights_of_8_bits(width: int, rows: int, panel: int, dtype: torch.dtype, compiled: str) -> None:
     """By vectors and by tiles: the inputs are rounded to 16 bits, and whole numbers do the rest."""
-    skip_without_int8()
+    skip_without_int8(Int8Linear)
     torch.manual_seed(0)
     weights = [torch.randint(-127, 128, (n * panel, width), dtype=torch.int8) for n in (3, 1)]
     scales = [torch.rand(len(weight)) for weight in weights]
@@ -231,20 +226,22 @@ def test_weights_of_8_bits(width: int, rows: int, panel: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_inputs_that_are_no_numbers_stay_none(rows: int, compiled: str) -> None:
-    skip_without_int8()
-    layer, x = Int8Linear(torch.randn(64, 64)), torch.randn(rows, 64)
+@pytest.mark.parametrize("kind", [Int8Linear, WidenedInt8Linear])
+def test_inputs_that_are_no_numbers_stay_none(kind: type[Int8Linear], rows: int, compiled: str) -> None:
+    skip_without_int8(kind)
+    layer, x = kind(torch.randn(64, 64)), torch.randn(rows, 64)
     x[0, 5] = float("nan")
     assert layer.takes(torch.float32)
     assert layer(x)[0].isnan().all()
     assert layer(x)[1:].isfinite().all()
 
 
-def test_what_kernels_read_stays_where_it_is(compiled: str) -> None:
+@pytest.mark.parametrize("kind", [Int8Linear, WidenedInt8Linear])
+def test_what_kernels_read_stays_where_it_is(kind: type[Int8Linear], compiled: str) -> None:
     """A tensor that is sent to another process has its memory replaced in this one."""
-    skip_without_int8()
+    skip_without_int8(kind)
     torch.manual_seed(0)
-    layer, x = Int8Linear(torch.randn(64, 64), torch.randn(64)), torch.randn(5, 64)
+    layer, x = kind(torch.randn(64, 64), torch.randn(64)), torch.randn(5, 64)
     expected, before = layer(x), layer.scale.data_ptr()
     ForkingPickler.dumps(layer)
     assert layer.scale.data_ptr() != before, "or there is nothing to fear"
@@ -257,12 +254,30 @@ def test_what_kernels_read_stays_where_it_is(compiled: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_of_8_bits_are_multiplied_by_kernels(
-    dtype: torch.dtype, compiled: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 12, 50])
+@pytest.mark.parametrize(("out", "width"), [(32, 16), (96, 576)])
+def test_weights_of_8_bits_that_become_float32(
+    out: int, width: int, rows: int, dtype: torch.dtype, compiled: str
 ) -> None:
-    skip_without_int8()
     torch.manual_seed(0)
-    layers = [Int8Linear(torch.randn(out, 128), torch.randn(out).to(dtype)) for out in (192, 64)]
+    layer = WidenedInt8Linear(torch.randn(out, width), torch.randn(out).to(dtype))
+    assert layer.takes(dtype)
+    weight, x = layer.matrix() * layer.scale.unsqueeze(1), torch.randn(rows, width).to(dtype)
+    assert layer.bias is not None
+    found = layer(x)
+    assert relative_error(found, F.linear(x.float(), weight, layer.bias.float())) <= TOLERANCE[dtype]
+    for row in range(rows):
+        assert torch.equal(layer(x[[row]])[0], found[row]), "a row depends on itself alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [Int8Linear, WidenedInt8Linear])
+def test_layers_of_8_bits_are_multiplied_by_kernels(
+    kind: type[Int8Linear], dtype: torch.dtype, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_int8(kind)
+    torch.manual_seed(0)
+    layers = [kind(torch.randn(out, 128), torch.randn(out).to(dtype)) for out in (192, 64)]
     many = 300
     x, calls = torch.randn(many, 128).to(dtype), []
     multiply = step_kernels.multiply
@@ -276,7 +291,7 @@ def test_layers_of_8_bits_are_multiplied_by_kernels(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step_kernels, "serves", lambda *_: False)
             assert not layer.takes(dtype)
-            assert relative_error(layer(x), all_rows) <= TOLERANCE[dtype], "as oneDNN's"
+            assert relative_error(layer(x), all_rows) <= TOLERANCE[dtype], "as PyTorch's operations"
     mixed = [layers[0], PackedLinear(torch.randn(64, 128), dtype=dtype)] if packs_in_place(dtype) else layers[:1]
     assert relative_error(Int8Linear.products(x, mixed)[0], found[0]) <= TOLERANCE[dtype]
     assert not layers[0].takes(torch.float16)

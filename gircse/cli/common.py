@@ -38,7 +38,7 @@ Dtype = Literal["auto", WeightsDtype]
 DTYPE_HELP = "Of the weights; auto: bfloat16 where the hardware is fast at it, else float32."
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help=DTYPE_HELP)]
 Quantize = Literal["int8"]
-QUANTIZE_HELP = "8-bit weights, on a CPU: half of float32's time and memory. Vectors change a little."
+QUANTIZE_HELP = "8-bit weights, on a CPU: half of float32's memory, and with VNNI of its time. Vectors change a little."
 QuantizeOption = Annotated[Quantize | None, typer.Option("--quantize", help=QUANTIZE_HELP)]
 FileArgument = Annotated[
     str, typer.Argument(metavar="FILE", help=".txt (a text a line), .jsonl, .csv, .parquet, or - for stdin.")

@@ -66,7 +66,7 @@ def _hardware() -> dict[str, str]:
     device = get_device_name()
     dtype, reason = fastest_dtype(device)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    more = {"AMX": matrix_library(), "AVX512-BF16": bfloat16_library(), "8-bit weights": int8_library()}
+    more = {"AMX": matrix_library(), "AVX512-BF16": bfloat16_library(), "VNNI": int8_library()}
     *others, last = [what for what, there in more.items() if there is not None] or [""]
     kernels = f"yes, for {' and '.join([', '.join(others), last]) if others else last} too" if last else "yes"
     without = "no, so a CPU is slower; made at installation where there is g++"

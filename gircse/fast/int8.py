@@ -4,8 +4,8 @@ Knows linear layers and integer products, oneDNN's and those of the compiled ker
 texts or checkpoints. Every row of a weight matrix has a scale of its own. An input is not rounded to 8 bits: where two
 batches differ by a last bit, rounding would make a whole step of it, and the same text would get two vectors. It goes
 through the product in two parts of 8 bits, each row with a scale of its own, which together keep it to 16. The kernels
-read the weights as oneDNN packs them and compute the same sums in a fraction of its time. docs/experiments.md has what
-both cost.
+read the weights as oneDNN packs them and compute the same sums in a fraction of its time. Processors that do not
+multiply such integers widen the weights to float32, and leave inputs as they are. What it costs: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gircse.errors import UsageError
 from gircse.fast import step_kernels
 from gircse.fast.packed_linear import KernelLinear, TableLinear
 
@@ -33,18 +32,16 @@ _ROWS_PACKED_FOR = 64
 """What oneDNN is told that products will have; the result is right for all others too."""
 
 
-def check_int8() -> None:
-    """Raise where this processor cannot multiply integers without loss.
-
-    Raises:
-        UsageError: It has no VNNI: sums of products would overflow 16 bits there. Or PyTorch was built without oneDNN.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        raise UsageError("8-bit weights need a processor with AVX512-VNNI and PyTorch with oneDNN; leave quantize out")
+def multiplies_int8() -> bool:
+    """Whether this processor multiplies such integers without loss: sums of products overflow 16 bits without VNNI."""
+    has_vectors = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_vectors and torch.cpu._is_vnni_supported()
 
 
 class Int8Linear(KernelLinear):
-    """y = x·Wᵀ + b with W rounded to 8 bits, one scale a row, and x to 16.
+    """y = x·Wᵀ + b with W rounded to 8 bits, one scale a row, and x to 16, as products of integers.
+
+    For processors of which `multiplies_int8` holds.
 
     Args:
         weight: W, (out, in), of any floating dtype.
@@ -95,22 +92,50 @@ class Int8Linear(KernelLinear):
         self._check(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
         if self.takes(x.dtype):
-            return self._by_kernels(rows, [self])[0].view(*x.shape[:-1], self.out_features)
-        rows = rows.float()
+            out = self._by_kernels(rows, [self])[0]
+        else:
+            out = self._product(rows.float())
+            if self.bias is not None:
+                out.add_(self.bias)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """x·Wᵀ, (N, out), of x, (N, in), in float32, by PyTorch's operations."""
         scale = _scale(rows)  # (N, 1)
         out = torch.ops.onednn.qlinear_pointwise(
             _two_parts(rows, scale), 1.0, _ZERO, self._packed, self.scale, self._zeros, None, 1.0, 0,
             torch.float32, "none", [], "",
         )  # (2N, out)  # fmt: skip
         first, second = out.chunk(2)
-        out = first.add_(second, alpha=1 / _PARTS).mul_(scale)
-        if self.bias is not None:
-            out.add_(self.bias)
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return first.add_(second, alpha=1 / _PARTS).mul_(scale)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}scale"] = self.scale
+
+
+class WidenedInt8Linear(Int8Linear):
+    """y = x·Wᵀ + b with W rounded to 8 bits, one scale a row, and multiplied in float32.
+
+    For processors that do not multiply such integers: the kernels widen weights in the processor's registers, which
+    takes no longer than to read them. Without kernels a copy of W in float32 is made for every product.
+    """
+
+    def _keep(self, matrix: Tensor) -> None:
+        panel = step_kernels.widened_panel_width(*matrix.shape)
+        self._packed = matrix.view(-1, panel or 1, self.in_features).transpose(1, 2).contiguous()  # (panels, in, panel)
+        self.place = None
+        if panel is not None:
+            self._read_by_kernels = (self.scale.clone(),)
+            addresses = self._packed.data_ptr(), panel, self.out_features, self._read_by_kernels[0].data_ptr()
+            self.place = step_kernels.PackedMatrix(*addresses)
+
+    def matrix(self) -> Tensor:
+        """W / scale, (out, in) int8."""
+        return self._packed.transpose(1, 2).reshape(self.out_features, self.in_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return torch.nn.functional.linear(rows, self.matrix().float()).mul_(self.scale)
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, *, table: Tensor) -> Int8Linear | TableLinear:
@@ -121,7 +146,9 @@ def int8_linear(weight: Tensor, bias: Tensor | None, *, table: Tensor) -> Int8Li
         bias: b, (out,), or None.
         table: The embedding table.
     """
-    return TableLinear(weight, bias) if weight is table else Int8Linear(weight, bias)
+    if weight is table:
+        return TableLinear(weight, bias)
+    return Int8Linear(weight, bias) if multiplies_int8() else WidenedInt8Linear(weight, bias)
 
 
 def _scale(rows: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ MOST_MATRIX_ROWS = 192
 INPUTS_AT_ONCE = {torch.bfloat16: 32, torch.int8: 64}
 """Of a product with AMX, or of bfloat16 with AVX512-BF16, by the dtype of its weights."""
 
-VERSION = 4
+VERSION = 5
 """Of the calls below; a library that was compiled of another source, as by an older checkout, is not used."""
 
 _DTYPES = torch.float32, torch.bfloat16
@@ -275,6 +275,15 @@ def panel_width(out_features: int, in_features: int, dtype: torch.dtype, rows: i
     return None
 
 
+def widened_panel_width(out_features: int, in_features: int) -> int | None:
+    """How many outputs of weights of 8 bits lie together, (out / width, in, width), for `multiply` to make float32 of.
+
+    None where there are no kernels for the size. Two vectors: with six rows, their sums fit into sixteen registers.
+    """
+    width = 2 * _lanes()
+    return width if serves(torch.float32, in_features) and out_features % width == 0 else None
+
+
 @cache
 def most_product_rows(dtype: torch.dtype, inputs: int) -> int:
     """Rows of so many inputs up to which `multiply` is faster than oneDNN, with weights of the same dtype."""
@@ -293,7 +302,8 @@ class PackedMatrix:
         panel: Its `panel_width`.
         outputs: How many it has.
         scales: Where what 1 stands for in each output lies, (out,) float32, if the weight is of 8 bits.
-        sums: Where the sums of all weights of each output lie then, (out,) int32.
+        sums: Where the sums of all weights of each output lie then, (out,) int32; None for weights that become float32
+            in the product, which are packed as `widened_panel_width` says and not as oneDNN does.
     """
 
     address: int
@@ -333,6 +343,8 @@ def _multiply_function(
 ) -> Callable[..., None]:
     if all(weight.scales is None for weight in weights):
         return _product_function("multiply", dtype, inputs)
+    if any(weight.sums is None for weight in weights):
+        return _function("multiply", dtype)
     by_matrices = rows > MOST_VECTOR_ROWS and _has_int8_matrices(inputs)
     return getattr(matrix_library() if by_matrices else int8_library(), _entry("multiply_int8", dtype))
 

@@ -1,7 +1,8 @@
 // Products of the same rows with several weights, as oneDNN packs them.
 //
 // Outputs lie in panels: (panels, in, PANEL) in float32, and in bfloat16 (panels, in / 2, PANEL, 2), two inputs that
-// follow each other side by side; of 8 bits, (panels, in / 4, PANEL, 4), four.
+// follow each other side by side; of 8 bits, (panels, in / 4, PANEL, 4), four. Weights of 8 bits without sums are as
+// gircse/fast/int8.py lays them: (panels, in, PANEL), a panel of two vectors.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +18,7 @@ constexpr long LEAST_ROWS = 20; // of a job, where a panel is more than one
 template <typename T> struct Product {
     const void *packed;     // of T, or of 8 bits where there are scales
     const float *scales;    // (outputs): what 1 of 8 bits stands for
-    const int32_t *sums;    // (outputs): of the weights of 8 bits
+    const int32_t *sums;    // (outputs): of the weights of 8 bits, for processors that multiply those
     const T *bias;          // null where there is none
     T *out;                 // (rows, outputs)
     int64_t panel, outputs; // how many outputs lie together, and all

@@ -11,7 +11,7 @@
 namespace
 {
 
-constexpr int VERSION = 4; // of the calls, as in step_kernels.py
+constexpr int VERSION = 5; // of the calls, as in step_kernels.py
 
 #ifdef __AVX512F__
 constexpr int LANES = 16; // numbers of a vector
@@ -42,6 +42,15 @@ INLINE floats load(const bfloat16 *from)
     halves x;
     memcpy(&x, from, sizeof x);
     return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+INLINE floats load(const int8_t *from)
+{
+    integers wide; // lane by lane: compilers know the one instruction for this, but not in __builtin_convertvector
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; lane++)
+        wide[lane] = from[lane];
+    return __builtin_convertvector(wide, floats);
 }
 
 INLINE void store(floats x, float *to)
