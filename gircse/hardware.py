@@ -45,7 +45,7 @@ def fastest_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
             ("AMX", torch.cpu._is_amx_tile_supported),
             ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported),
         ):
-            if supported():
+            if supported() and torch.backends.cpu.get_cpu_capability() == "AVX512":  # ATEN_CPU_CAPABILITY may forbid it
                 return torch.bfloat16, f"this processor has {name}"
         return torch.float32, "this processor has neither AMX nor AVX512-BF16"
     return torch.float32, f"nothing is known of {kind}"

@@ -20,6 +20,9 @@ def test_a_processor_gets_bfloat16_only_where_it_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert fastest_dtype("cpu")[0] == torch.float32, "told to leave its vectors alone"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     dtype, reason = fastest_dtype("cpu")
     assert dtype == (torch.bfloat16 if amx or avx else torch.float32)
     assert ("AMX" if amx or not avx else "AVX512-BF16") in reason
