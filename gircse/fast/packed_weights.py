@@ -62,12 +62,11 @@ def _by_onednn(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -
 @cache
 def packing_library(dtype: torch.dtype) -> PackingLibrary | None:
     """What packs weights of a dtype on this machine; None where nothing does."""
-    onednn = torch.backends.mkldnn.is_available()
-    if dtype == torch.bfloat16 and onednn and torch.cpu._is_avx512_bf16_supported():
+    onednn, capability = torch.backends.mkldnn.is_available(), torch.backends.cpu.get_cpu_capability()
+    if dtype == torch.bfloat16 and onednn and capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
         # Beyond these rows PyTorch's own products, which are oneDNN's too, are as fast.
         return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, 256)
-    has_vectors = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
-    if dtype == torch.float32 and onednn and has_vectors and not is_intel():
+    if dtype == torch.float32 and onednn and capability in ("AVX512", "AVX2") and not is_intel():
         return PackingLibrary(torch.ops.mkldnn._reorder_linear_weight, _by_onednn, 1, sys.maxsize)
     if dtype == torch.float32 and torch.backends.mkl.is_available():
         return PackingLibrary(torch.ops.mkl._mkl_reorder_linear_weight, _by_mkl, 4, 256)
