@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from gircse.errors import UsageError
 
 _changing = threading.Lock()
 """Held while weights are changed: two threads that fold at a time would both add BA."""
@@ -136,6 +139,26 @@ def _show_unfolded(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: s
 
 def _unfold_before_loading(backbone: nn.Module, *args: object) -> None:
     unfold(lora_layers(backbone))
+
+
+def check_lora(config: LoraConfig, over_trained_weights: bool) -> None:
+    """Refuse an adapter that would not be the same once it is saved and loaded.
+
+    Args:
+        config: Of the adapter.
+        over_trained_weights: Whether the weights under it are no longer the backbone's.
+
+    Raises:
+        UsageError: It says so in a line.
+    """
+    if over_trained_weights:
+        raise UsageError(
+            "these weights were fine-tuned whole, and an adapter is saved without the weights under it; "
+            "train them further without LoRA"
+        )
+    others = {"bias": config.bias != "none", "use_dora": config.use_dora, "modules_to_save": config.modules_to_save}
+    if wrong := [name for name, is_set in others.items() if is_set]:
+        raise UsageError(f"LoRA's {wrong[0]} is not supported: what it trains would not be saved; leave it out")
 
 
 def save_adapter(backbone: PreTrainedModel, folder: str | Path, base: str) -> None:

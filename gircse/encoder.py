@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gircse.adapter import (
     bytes_to_fold,
     can_fold,
+    check_lora,
     fold,
     keep_state_dicts_unfolded,
     lora_layers,
@@ -179,13 +180,10 @@ class GenerativeEncoder(InputModule):
         """Put LoRA layers into the backbone and freeze everything else.
 
         Raises:
-            UsageError: The weights under them have been trained: the adapter alone would be saved.
+            UsageError: The weights under them have been trained: the adapter alone would be saved. Or the configuration
+                trains more than LoRA's two factors, or uses them otherwise.
         """
-        if self._changed_whole:
-            raise UsageError(
-                "these weights were fine-tuned whole, and an adapter is saved without the weights under it; "
-                "train them further without LoRA"
-            )
+        check_lora(config, self._changed_whole)
         self.backbone.requires_grad_(False)
         self.backbone.add_adapter(config)
         widen(self.backbone)
@@ -305,7 +303,9 @@ class GenerativeEncoder(InputModule):
         Raises:
             UsageError: The prompt leaves no room for the text, or something is no text (`gircse.texts`).
         """
-        prompt, limit = prompt or "", max_length or self.max_seq_length
+        prompt, limit = prompt or "", self.max_seq_length if max_length is None else max_length
+        if limit < 1:
+            raise UsageError(f"the maximum length must be 1 token or more, not {limit}")
         if prompt:
             with _tokenizing:
                 prompt_length = len(self.tokenizer(prompt, verbose=False).input_ids)

@@ -85,9 +85,9 @@ class GIRCSE(SteadySentenceTransformer):
             super().__init__(model_name_or_path, **kwargs)
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
-            raise GircseError(
-                f"{model_name_or_path} is no saved GIRCSE model: no such folder, nor to be had from the hub ({reason})"
-            ) from error
+            missing = "is no saved GIRCSE model: no such folder, nor to be had from the hub"
+            what = "cannot be loaded" if Path(model_name_or_path).is_dir() else missing
+            raise GircseError(f"{model_name_or_path} {what} ({reason})") from error
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise

@@ -328,3 +328,10 @@ def test_a_loaded_model_is_trained_once_it_is_unfrozen(adapted: GIRCSE) -> None:
     adapted.encoder.checksum_before_freezing = "packed"
     with pytest.raises(UsageError, match="cannot be trained"):
         adapted.encoder.unfreeze()
+
+
+@pytest.mark.parametrize("wrong", [{"bias": "lora_only"}, {"use_dora": True}, {"modules_to_save": ["norm"]}])
+def test_adapters_that_would_be_saved_in_part_are_refused(backbone: Path, wrong: dict[str, Any]) -> None:
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **wrong)
+    with pytest.raises(UsageError, match=f"LoRA's {next(iter(wrong))} is not supported"):
+        GIRCSE.from_backbone(str(backbone), lora=lora, device="cpu")

@@ -278,3 +278,15 @@ def test_checksums_tell_models_apart(backbone: Path, tmp_path: Path) -> None:
     assert vectors_checksum(narrow.encoder) == checksum
     model.encoder.configure(pooling="last")
     assert vectors_checksum(model.encoder) != checksum
+
+
+def test_one_long_document_does_not_take_the_others_places(tmp_path: Path) -> None:
+    rows = {"long": "honey bees " * 200, "a": "honey", "b": "honey bread", "c": "bees"}
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"id": k, "text": v}) for k, v in rows.items()), encoding="utf-8")
+    model: Any = WordModel()
+    make_index(corpus, tmp_path / "an.index", model, settings(model_checksum=vectors_checksum(model.encoder)))
+    index = SearchIndex(tmp_path / "an.index", model)
+    for mode in ("vector", "text", "hybrid"):
+        hits = index.search("honey bees", mode=mode, top=3, candidates=3, rerank_steps=4)
+        assert len(set(ids(hits))) == len(hits) == 3

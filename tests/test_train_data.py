@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import zstandard
 from gircse.errors import GircseError, InputDataError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.train.data import example_counts, load_training_data
+from gircse.train.data import _others, example_counts, load_training_data
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
 from gircse.train.rows import read_rows
@@ -63,6 +64,23 @@ def test_bad_data_is_named_by_file_and_line(tmp_path: Path) -> None:
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(InputDataError, match=rf"rows.jsonl:2: .*{message}"):
             list(read_rows(path))
+
+
+def test_empty_lines_at_the_end_and_a_byte_order_mark_say_nothing(tmp_path: Path) -> None:
+    file, row = tmp_path / "rows.jsonl", '{"query": "a", "pos": "b"}\n'
+    file.write_text("\ufeff" + row + row + "\n\n", encoding="utf-8")
+    assert [found["query"] for found in read_rows(file)] == ["a", "a"]
+    file.write_text(row + "\n" + row, encoding="utf-8")
+    with pytest.raises(InputDataError, match=r"rows.jsonl:2: an empty line"):
+        list(read_rows(file))
+
+
+def test_other_rows_are_looked_for_among_all() -> None:
+    rows = [{"query": f"q{n}" if n < 5 else "same", "pos": [f"p{n}" if n < 5 else "same"]} for n in range(500)]
+    for seed in range(20):
+        assert _others(rows[-1], 0, rows, 2, random.Random(seed))[0].startswith("q")
+    with pytest.raises(GircseError, match="a facet needs 6 different texts"):
+        _others(rows[0], 0, rows[:5], 5, random.Random(0))
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:

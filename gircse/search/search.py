@@ -144,6 +144,9 @@ class SearchIndex:
         with files_in_words(self.folder):
             by = key if rerank_steps is None else "chunk_id"
             rows = self._candidates(query, vector, mode, depth, where, exact, key=by)
+            if by != key and len(_best(rows, key)) < top:  # chunks of one long document may be all candidates
+                more = self._candidates(query, vector, mode, top, where, exact, key=key)
+                rows = _best([*rows, *more], by)
         if rerank_steps is not None:
             rows = _best(self._reranked(query, prompt, rows, rerank_steps), key)
         return [self._hit(row) for row in rows[:top]]

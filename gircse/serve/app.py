@@ -296,10 +296,10 @@ def _document(app: FastAPI, service: Service) -> None:
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     limits = {"num_steps": service.settings.max_num_steps, "dimensions": service.dimension}
-    for name in ("EmbeddingRequest", "RerankRequest", "ExplainRequest"):
-        for field, limit in limits.items():
-            if field in components["schemas"][name]["properties"]:
-                components["schemas"][name]["properties"][field]["anyOf"][0]["maximum"] = limit
+    requests = [model for name, model in components["schemas"].items() if name.endswith("Request")]
+    for model in requests:
+        for field in limits.keys() & model["properties"].keys():
+            model["properties"][field]["anyOf"][0]["maximum"] = limits[field]
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
 

@@ -233,13 +233,14 @@ def _others(
 ) -> list[str]:
     """Texts of other rows, on one side; not of rows that share a text with this one, which say the same."""
     own, found = {row["query"], *row["pos"]}, []
-    for other in generator.sample(rows, min(len(rows), 4 * count + 8)):
-        text = (other["query"], other["pos"][0])[side]
-        if own.isdisjoint((other["query"], *other["pos"])) and text not in found:
-            found.append(text)
-    if len(found) < count:
-        raise GircseError(f"a facet needs {count + 1} different texts on each side; the rows have fewer")
-    return found[:count]
+    for size in (min(len(rows), 4 * count + 8), len(rows)):  # some, and all where those are too much alike
+        for other in generator.sample(rows, size):
+            text = (other["query"], other["pos"][0])[side]
+            if own.isdisjoint((other["query"], *other["pos"])) and text not in found:
+                found.append(text)
+        if len(found) >= count:
+            return found[:count]
+    raise GircseError(f"a facet needs {count + 1} different texts on each side; the rows have fewer")
 
 
 def _instruction(row: dict[str, Any], source: Source, usual: str, generator: random.Random) -> str:

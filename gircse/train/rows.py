@@ -45,7 +45,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def checked_rows(rows: Iterable[str | dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
     """Rows, or lines of JSON, in the form that `read_rows` gives them; `source` is what errors call their place."""
+    empty = None
     for number, row in enumerate(rows, start=1):
+        if isinstance(row, str) and not row.strip():
+            empty = empty or number  # at the end it says nothing
+            continue
+        if empty is not None:
+            raise InputDataError(source, empty, "an empty line; one object a line is expected")
         if isinstance(row, str):
             try:
                 row = json.loads(row)
@@ -78,7 +84,7 @@ def _raw_rows(path: Path) -> Iterator[str | dict[str, Any]]:
     elif path.suffix == ".zst":
         yield from _lines(_decompressed(path))
     else:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             yield from lines
 
 
