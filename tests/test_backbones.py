@@ -23,6 +23,7 @@ from gircse.backbones import resolve as backbones
 from gircse.backbones.packaged_files import PackagedFile
 from gircse.backbones.resolve import KnownBackbone, cache_home, cached_backbones, resolve_backbone, weights_checksum
 from gircse.errors import GircseError, UsageError
+from gircse.model import GIRCSE
 
 TERMS = "Tiny is provided under the Tiny Terms."
 
@@ -461,3 +462,12 @@ def test_waiting_for_another_process_is_reported(
     first.join()
     assert steps == ["waiting for another process to fetch tiny"]
     assert len(quick_convert) == 1
+
+
+def test_a_damaged_folder_is_not_called_missing(backbone: Path, tmp_path: Path) -> None:
+    model = GIRCSE.from_backbone(str(backbone), num_steps=2, full_finetune=True, device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"))
+    for weights in (tmp_path / "saved").rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(GircseError, match="saved cannot be loaded"):
+        GIRCSE(str(tmp_path / "saved"), device="cpu")

@@ -62,6 +62,16 @@ def test_the_command_line_limits_them_and_heeds_the_environment() -> None:
     assert told.splitlines()[-1] == f"7 {KERNELS}"
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_two_commands_at_once_do_not_wait_busily(given: dict[str, str], spins: str) -> None:
+    environment = {name: v for name, v in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    call = [sys.executable, "-c", VERSION, "GOMP_SPINCOUNT"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment | given)
+    assert done.stdout.splitlines()[-1] == spins
+
+
 @pytest.mark.parametrize("limit", ["0", "-1", "many", ""])
 def test_a_limit_that_would_crash_is_refused_in_a_line(limit: str) -> None:
     call = [sys.executable, "-m", "gircse", "--version"]

@@ -487,18 +487,3 @@ def test_keys_and_values_are_held_once(model: GIRCSE, monkeypatch: pytest.Monkey
     assert np.array_equal(model.encode(texts, num_steps=num_steps), expected)
     assert not any(kept)
     assert bool(kept) == (num_steps == 0)
-
-
-def test_a_damaged_folder_is_not_called_missing(backbone: Path, tmp_path: Path) -> None:
-    model = GIRCSE.from_backbone(str(backbone), num_steps=2, full_finetune=True, device="cpu")
-    model.save_pretrained(str(tmp_path / "saved"))
-    for weights in (tmp_path / "saved").rglob("*.safetensors"):
-        weights.unlink()
-    with pytest.raises(GircseError, match="saved cannot be loaded"):
-        GIRCSE(str(tmp_path / "saved"), device="cpu")
-
-
-def test_a_maximum_length_is_at_least_one_token(model: GIRCSE) -> None:
-    for length in (0, -3):
-        with pytest.raises(UsageError, match="1 token or more"):
-            model.encoder.tokenize_texts(["a"], max_length=length)

@@ -206,6 +206,15 @@ def test_api_key(model: GIRCSE) -> None:
             assert CLIENT.get(url + path).status_code == 200, path
 
 
+def test_every_request_with_steps_is_described_with_their_limit(model: GIRCSE) -> None:
+    service = hash_service(model, HashBackend())
+    schemas = create_app(service).openapi()["components"]["schemas"]
+    steps = {name: it["properties"]["num_steps"] for name, it in schemas.items() if "num_steps" in it["properties"]}
+    assert {"EmbeddingRequest", "RerankRequest", "ClassifyRequest", "ExplainRequest"} <= steps.keys()
+    for name in filter(lambda name: name.endswith("Request"), steps):
+        assert steps[name]["anyOf"][0]["maximum"] == service.settings.max_num_steps, name
+
+
 def test_the_key_is_asked_for_wherever_the_application_is_mounted(model: GIRCSE) -> None:
     app = create_app(hash_service(model, HashBackend(), api_key=KEY + "\n"))  # as a secret from a file has it
 

@@ -65,3 +65,9 @@ def test_threads_that_cut_texts_do_not_disturb_each_other(model: GIRCSE) -> None
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda i: model.tokenize_texts((long, short)[i % 2], max_length=20), range(400)))
     assert all(result == expected[i % 2] for i, result in enumerate(results))
+
+
+def test_a_maximum_length_is_at_least_one_token(model: GIRCSE) -> None:
+    for length in (0, -3):
+        with pytest.raises(UsageError, match="1 token or more"):
+            model.encoder.tokenize_texts(["a"], max_length=length)

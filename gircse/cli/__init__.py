@@ -108,6 +108,8 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("GIRCSE_DEBUG") == "1"
     if os.environ.get("GIRCSE_OFFLINE") == "1":  # said to the libraries too, which read it when they are imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:  # libgomp's threads wait busily, in turn for those of another process
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
