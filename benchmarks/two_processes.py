@@ -42,7 +42,7 @@ def seconds_of(processes: int, spins: str, corpus: Path) -> float:
 
 def main() -> None:
     """Measure in turn, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     results = Path(__file__).parent / "results"
@@ -51,7 +51,7 @@ def main() -> None:
     taken: dict[tuple[int, str], list[float]] = {(count, spins): [] for spins in SPINS for count in (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "texts.jsonl"
-        lines = files("gircse").joinpath("data/demo_corpus.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (files("gircse") / "data" / "demo_corpus.jsonl").read_text(encoding="utf-8").splitlines()
         corpus.write_text("\n".join(lines[: arguments.texts]), encoding="utf-8")
         for _ in range(arguments.repeats):
             for (count, spins), times in taken.items():

@@ -156,9 +156,9 @@ def check_lora(config: LoraConfig, over_trained_weights: bool) -> None:
             "these weights were fine-tuned whole, and an adapter is saved without the weights under it; "
             "train them further without LoRA"
         )
-    others = {"bias": config.bias != "none", "use_dora": config.use_dora, "modules_to_save": config.modules_to_save}
-    if wrong := [name for name, is_set in others.items() if is_set]:
-        raise UsageError(f"LoRA's {wrong[0]} is not supported: what it trains would not be saved; leave it out")
+    for name, is_set in (("bias", config.bias != "none"), ("use_dora", config.use_dora)):
+        if is_set:
+            raise UsageError(f"LoRA's {name} is not supported: a saved model would load without it; leave it out")
 
 
 def save_adapter(backbone: PreTrainedModel, folder: str | Path, base: str) -> None:

@@ -180,8 +180,8 @@ class GenerativeEncoder(InputModule):
         """Put LoRA layers into the backbone and freeze everything else.
 
         Raises:
-            UsageError: The weights under them have been trained: the adapter alone would be saved. Or the configuration
-                trains more than LoRA's two factors, or uses them otherwise.
+            UsageError: The weights under them have been trained: the adapter alone would be saved. Or the adapter is of
+                a kind that is not the same once it is saved and loaded.
         """
         check_lora(config, self._changed_whole)
         self.backbone.requires_grad_(False)

@@ -86,7 +86,7 @@ class GIRCSE(SteadySentenceTransformer):
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             missing = "is no saved GIRCSE model: no such folder, nor to be had from the hub"
-            what = "cannot be loaded" if Path(model_name_or_path).is_dir() else missing
+            what = "cannot be loaded" if Path(str(model_name_or_path)).is_dir() else missing
             raise GircseError(f"{model_name_or_path} {what} ({reason})") from error
         except ValueError as error:
             if "trust_remote_code" not in str(error):
