@@ -37,7 +37,7 @@ class CommandModel(HashingModel):
         torch.nn.init.ones_(self.weights.weight)
         torch.nn.init.zeros_(self.weights.bias)
         self.encoder = self
-        self.reference = SimpleNamespace(name="tiny")
+        self.reference, self.decoder = SimpleNamespace(name="tiny"), SimpleNamespace(max_positions=64)
         self.packed_weights, self.weights_dtype = SimpleNamespace(enabled=True), "float32"
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -108,6 +108,18 @@ def test_every_option_reaches_the_vectors(invoke: Invoke, model: CommandModel, c
     assert pq.read_metadata(output).num_row_groups == 4
     prompt = [ord(character) for character in "Instruct: Find\nQuery:"]
     assert all(ids[: len(prompt)] == prompt for ids in model.encoded)
+
+
+@pytest.mark.usefixtures("model")
+def test_more_than_the_backbone_s_positions_is_refused_before_the_first_text(
+    invoke: Invoke, corpus: Path, tmp_path: Path
+) -> None:
+    for options in (["--max-length", "63"], ["--num-steps", "25"]):
+        result = invoke(corpus, "-o", tmp_path / "a.npy", *options)
+        assert isinstance(result.exception, UsageError)
+        assert "exceed the backbone's 64 positions together" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+    assert invoke(corpus, "-o", tmp_path / "a.npy", "--max-length", "62").exit_code == 0
 
 
 def test_columns_and_streams(invoke: Invoke, model: CommandModel, tmp_path: Path) -> None:

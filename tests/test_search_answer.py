@@ -70,6 +70,15 @@ def test_citations() -> None:
     assert [passage.hit.document_id for passage in found] == ["a", "b", "c"]
 
 
+def test_an_answer_is_cited_while_it_is_written() -> None:
+    class Small:
+        def write(self, messages: Any) -> Iterator[str]:
+            yield from ("Bees ", "fly far [8]. ", "Nobody", " knows why")
+
+    result = answer("who flies?", [hit("a", "Ants dig."), hit("b", "Bees fly far.")], Small(), count)
+    assert list(result.pieces) == ["Bees fly far [2]. ", "Nobody knows why"]
+
+
 # The embedder's backbone as the writer
 
 
@@ -119,6 +128,19 @@ def test_the_adapter_comes_back_when_reading_stops_early(model: GIRCSE) -> None:
     next(pieces, None)
     pieces.close()  # type: ignore[attr-defined]
     torch.testing.assert_close(torch.tensor(model.encode("ants")), torch.tensor(before), atol=1e-5, rtol=1e-4)
+
+
+def test_a_loop_ends_the_reply(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def third(tokens: list[int]) -> bool:
+        seen.append(tokens)
+        return len(tokens) == 3
+
+    monkeypatch.setattr("gircse.search.answer.repeats", third)
+    monkeypatch.setattr(BackboneWriter, "_ends", lambda _: [10**6])  # nothing else ends it
+    list(BackboneWriter(model.encoder, max_tokens=8).write(MESSAGES))
+    assert [len(tokens) for tokens in seen] == [1, 2, 3]
 
 
 def test_too_much_context_is_refused(model: GIRCSE) -> None:

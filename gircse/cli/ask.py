@@ -116,7 +116,7 @@ def ask(
         return
     print()
     if not result.passages and result.best_similarity is not None:
-        best = f"the best passage has a similarity of {result.best_similarity:.2f}, --min-score is {min_score:.2f}"
+        best = f"the best passage has a similarity of {result.best_similarity:.3f}, --min-score is {min_score:g}"
         stderr.print(best, highlight=False, soft_wrap=True)
     _print_sources(result.passages, cited)
 

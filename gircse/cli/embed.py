@@ -164,15 +164,17 @@ def embed(
     from gircse.hardware import default_batch_tokens
 
     def settings_of(encoder: GIRCSE, environment: dict[str, str | int]) -> EmbedSettings:
+        steps, longest = encoder.num_steps if num_steps is None else num_steps, max_length or encoder.max_seq_length
+        _check_positions(encoder, longest, steps)
         return EmbedSettings(
             model=model or "default",
             model_checksum=_model_checksum(encoder),
-            num_steps=encoder.num_steps if num_steps is None else num_steps,
+            num_steps=steps,
             prompt=prompt if instruction is None else encoder.format_instruction(instruction),
             instruction=instruction,
             dim=dim,
             precision=precision,
-            max_length=max_length or encoder.max_seq_length,
+            max_length=longest,
             batch_tokens=batch_tokens or default_batch_tokens(encoder.device),
             shard_size=shard_size,
             environment=environment,
@@ -280,6 +282,16 @@ def _close(summary: EmbedSummary, settings: EmbedSettings, json_output: bool, *,
         stderr.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_output:
         print(json.dumps(asdict(summary), ensure_ascii=False))
+
+
+def _check_positions(model: GIRCSE, longest: int | None, num_steps: int) -> None:
+    """Refuse what the first long text would otherwise end in mid-run."""
+    positions = model.encoder.decoder.max_positions
+    if (longest or 0) + num_steps > positions:
+        raise UsageError(
+            f"--max-length ({longest}) and --num-steps ({num_steps}) exceed the backbone's {positions} positions "
+            "together; lower one of them"
+        )
 
 
 def _model_checksum(model: GIRCSE) -> str:

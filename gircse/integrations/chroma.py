@@ -1,7 +1,8 @@
 """Chroma: an embedding function under the name ``gircse``. Extra ``chroma``.
 
 A collection stores the settings, and finds the function again when it is opened, in any process that has imported this
-module. Chroma sends usage data unless ``chromadb.Settings(anonymized_telemetry=False)`` says otherwise.
+module. One that is given to `get_collection` replaces it unseen: Chroma compares names alone. Chroma sends usage data
+unless ``chromadb.Settings(anonymized_telemetry=False)`` says otherwise.
 """
 
 from __future__ import annotations

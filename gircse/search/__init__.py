@@ -1,8 +1,9 @@
 """Search: an index of a corpus on disk, vector, full-text and hybrid search in it, reranking, answers with citations.
 
 `corpus` reads documents, `chunks` cuts them, `table` keeps chunks in LanceDB, `manifest` remembers what made them,
-`index` ties these to a model; `condition` checks filters, `search` asks, `rerank` ranks again, `answer` writes. This
-file holds only the words they share, so that the command line can offer them without importing anything heavy.
+`index` ties these to a model; `condition` checks filters, `search` asks, `rerank` ranks again, `answer` writes,
+`citations` says what it was written from. This file holds only the words they share, so that the command line can offer
+them without importing anything heavy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TEXT_LANGUAGES = (
 DEFAULT_CANDIDATES = 50
 """How many chunks of the first stage are ranked again by the second."""
 
-DEFAULT_MIN_SIMILARITY = 0.85
+DEFAULT_MIN_SIMILARITY = 0.83
 """Cosine similarity to the question below which a passage is not used for an answer."""
 
 DEFAULT_CONTEXT_TOKENS = 768

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gircse.errors import UsageError
 from gircse.search import DEFAULT_CONTEXT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_MIN_SIMILARITY
+from gircse.search.citations import cited_numbers, with_citations
 from gircse.search.search import SearchHit, SearchIndex
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _EXAMPLES: tuple[tuple[Sequence[str], str, str], ...] = (
     (("Owls hunt at night.", "Most bats sleep by day.", "Rice is grown in wet fields."),
      "When do owls hunt?", "Owls hunt at night [1]."),
 )  # fmt: skip
-_CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
+_LOOP = 24  # tokens; less may be a list or a name that is said again
 Message = dict[str, str]
 
 
@@ -67,7 +68,7 @@ class Answer:
 
     Attributes:
         passages: What the writer is shown, best first; empty where nothing relevant was found.
-        pieces: The text as it is written; iterate once.
+        pieces: The text, sentence by sentence as it is written, with citations that hold; iterate once.
         best_similarity: Of all passages found, relevant or not; None where nothing at all was found.
     """
 
@@ -123,7 +124,8 @@ def answer(
     passages = within_budget(relevant, count_tokens, context_tokens)
     if not passages:
         return Answer([], iter([NOTHING_FOUND]), best)
-    return Answer(passages, writer.write(build_messages(question, passages)), best)
+    written = writer.write(build_messages(question, passages))
+    return Answer(passages, with_citations(written, [passage.text for passage in passages]), best)
 
 
 def within_budget(hits: Sequence[SearchHit], count_tokens: Callable[[str], int], budget: int) -> list[Passage]:
@@ -173,8 +175,17 @@ def _question_text(question: str, texts: Sequence[str]) -> str:
 
 def cited(text: str, passages: Sequence[Passage]) -> list[Passage]:
     """The passages that an answer cites, in their order; numbers that no passage has are ignored."""
-    numbers = {int(number) for match in _CITATION.finditer(text) for number in match[1].split(",")}
+    numbers = cited_numbers(text)
     return [passage for passage in passages if passage.number in numbers]
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Whether the end of a text is one stretch three times over: a small model does not leave such a loop by itself."""
+    for length in range(_LOOP // 3, len(tokens) // 3 + 1):
+        first, second, third = (tokens[len(tokens) - count * length :][:length] for count in (3, 2, 1))
+        if first == second == third:
+            return True
+    return False
 
 
 class BackboneWriter:
@@ -197,7 +208,7 @@ class BackboneWriter:
         return len(self.encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def write(self, messages: Sequence[Message]) -> Iterator[str]:
-        """The most likely reply, greedily, in pieces.
+        """The most likely reply, greedily, in pieces; it ends early where it repeats itself.
 
         Raises:
             UsageError: Messages and reply are together longer than the backbone's positions.
@@ -220,6 +231,9 @@ class BackboneWriter:
         streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         stopped, failures = Event(), []
 
+        def stops(written: torch.Tensor, _: Any) -> bool:
+            return stopped.is_set() or repeats(written[0, len(ids) :].tolist())
+
         def generate() -> None:
             try:
                 with adapter_off(encoder.backbone), torch.inference_mode():
@@ -232,7 +246,7 @@ class BackboneWriter:
                         do_sample=False,
                         eos_token_id=self._ends(),
                         pad_token_id=self._ends()[0],
-                        stopping_criteria=StoppingCriteriaList([lambda *_: stopped.is_set()]),  # type: ignore[list-item]
+                        stopping_criteria=StoppingCriteriaList([stops]),  # type: ignore[list-item]
                     )
             except BaseException as error:
                 failures.append(error)
