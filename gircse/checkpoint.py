@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gircse.errors import GircseError, UsageError
@@ -102,3 +103,33 @@ class Checkpoint:
             raise GircseError(
                 f"{source}: gircse_config.json is incomplete or from another version ({error})"
             ) from error
+
+
+def check_no_backbone(name: str) -> None:
+    """Raise where the name is known to be a backbone's, rather than ask the hub for a model of that name."""
+    from gircse.backbones import known_backbones
+
+    if name in known_backbones() and not Path(name).exists():
+        raise GircseError(
+            f"{name} is a backbone, no saved GIRCSE model; leave the name out for the model that ships, or make an "
+            f"untrained one with GIRCSE.from_backbone({name!r})"
+        )
+
+
+def no_saved_model(name: str) -> GircseError:
+    """What to say where a folder or the hub holds no GIRCSE model of that name."""
+    path = Path(name)
+    if path.exists():
+        return GircseError(
+            f"{name} is no saved GIRCSE model; if it is a decoder, an untrained one is made of it by --backbone or "
+            f"GIRCSE.from_backbone({name!r})"
+        )
+    hub = "" if path.is_absolute() else ", nor to be had from the hub"
+    return GircseError(f"{name} is no saved GIRCSE model: no such folder{hub}")
+
+
+def not_loaded(name: str, error: Exception) -> GircseError:
+    """What to say where a saved model is not to be had, or a file of it cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    missing = "is no saved GIRCSE model: no such folder, nor to be had from the hub"
+    return GircseError(f"{name} {'cannot be loaded' if Path(name).is_dir() else missing} ({reason})")

@@ -9,6 +9,7 @@ import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from gircse.batches import batch_cost, plan_batches
-from gircse.checkpoint import BackboneReference, RefinementConfig
+from gircse.checkpoint import BackboneReference, RefinementConfig, check_no_backbone, no_saved_model, not_loaded
 from gircse.encoder import GenerativeEncoder, TokenizedTexts, load_causal_lm
 from gircse.errors import GircseError, UsageError
 from gircse.explanation import SoftTokenContent, soft_token_contents
@@ -77,17 +78,14 @@ class GIRCSE(SteadySentenceTransformer):
     ) -> None:
         if kwargs.get("modules") is None:
             model_name_or_path = str(model_name_or_path or pretrained_path())
-            _check_no_backbone(model_name_or_path)
+            check_no_backbone(model_name_or_path)
             options = dict(kwargs.pop("model_kwargs", None) or {})
             options |= {key: value for key, value in (("dtype", dtype), ("backbone", backbone)) if value is not None}
             kwargs["model_kwargs"] = options
         try:
             super().__init__(model_name_or_path, **kwargs)
-        except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            missing = "is no saved GIRCSE model: no such folder, nor to be had from the hub"
-            what = "cannot be loaded" if Path(str(model_name_or_path)).is_dir() else missing
-            raise GircseError(f"{model_name_or_path} {what} ({reason})") from error
+        except (OSError, JSONDecodeError) as error:
+            raise not_loaded(str(model_name_or_path), error) from error
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
@@ -166,7 +164,13 @@ class GIRCSE(SteadySentenceTransformer):
         self.encoder.configure(num_steps=value)
 
     def format_instruction(self, instruction: str) -> str:
-        """The prompt that puts an instruction before a text."""
+        """The prompt that puts an instruction before a text.
+
+        Raises:
+            UsageError: The instruction is empty.
+        """
+        if not instruction.strip():
+            raise UsageError("the instruction is empty; leave it out, or say what the vector should be about")
         return self.encoder.refinement.instruction_template.format(instruction=instruction)
 
     def quantize_weights(self) -> GIRCSE:
@@ -317,8 +321,16 @@ class GIRCSE(SteadySentenceTransformer):
     def tokenize_texts(
         self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None
     ) -> TokenizedTexts:
-        """Token ids of ``prompt + text``; see `GenerativeEncoder.tokenize_texts`."""
-        return self.encoder.tokenize_texts(texts, prompt, max_length)
+        """Token ids of ``prompt + text``; see `GenerativeEncoder.tokenize_texts`.
+
+        Where `max_length` is not given and a text is cut, a model says so once, as a warning.
+        """
+        tokenized = self.encoder.tokenize_texts(texts, prompt, max_length)
+        if max_length is None and (cut := sum(tokenized.truncated)) and not getattr(self, "_told_of_cuts", False):
+            self._told_of_cuts = True
+            limit = self.max_seq_length
+            logger.warning("%d of %d texts were cut to %d tokens (max_seq_length)", cut, len(tokenized.ids), limit)
+        return tokenized
 
     def start_multi_process_pool(self, target_devices: list[str] | None = None) -> dict[Any, Any]:
         """As in sentence-transformers. The adapter is folded before the weights are shared, once for all workers."""
@@ -438,6 +450,9 @@ class GIRCSE(SteadySentenceTransformer):
             show_progress_bar=kwargs.get("show_progress_bar", False),
         )
         if (dim := kwargs.get("truncate_dim")) is not None:
+            whole = self.encoder.get_embedding_dimension()
+            if not 1 <= dim <= whole:
+                raise UsageError(f"truncate_dim must be between 1 and {whole}, not {dim}")
             embeddings = embeddings[..., :dim]
         if kwargs.get("normalize_embeddings"):
             embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
@@ -474,25 +489,7 @@ class GIRCSE(SteadySentenceTransformer):
         return soft_token_contents(self, text, self._prompt_for(instruction, prompt), steps, top, max_length)
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        path = Path(model_name_or_path)
-        if path.exists():
-            raise GircseError(
-                f"{model_name_or_path} is no saved GIRCSE model; if it is a decoder, an untrained one is made of it by "
-                f"--backbone or GIRCSE.from_backbone({model_name_or_path!r})"
-            )
-        hub = "" if path.is_absolute() else ", nor to be had from the hub"
-        raise GircseError(f"{model_name_or_path} is no saved GIRCSE model: no such folder{hub}")
-
-
-def _check_no_backbone(name: str) -> None:
-    """Raise where the name is known to be a backbone's, rather than ask the hub for a model of that name."""
-    from gircse.backbones import known_backbones
-
-    if name in known_backbones() and not Path(name).exists():
-        raise GircseError(
-            f"{name} is a backbone, no saved GIRCSE model; leave the name out for the model that ships, or make an "
-            f"untrained one with GIRCSE.from_backbone({name!r})"
-        )
+        raise no_saved_model(model_name_or_path)
 
 
 def pretrained_path() -> str:

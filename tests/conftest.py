@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; one that tried would hang on a closed network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,6 +32,17 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(backbone: Path) -> GIRCSE:
     """An untrained tiny model, K = 3."""
     return GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=48, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a saved tiny model with an adapter, K = 3, of at most 60 tokens."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=60, lora=lora, device="cpu").save_pretrained(
+        str(folder)
+    )
+    return str(folder)
 
 
 @pytest.fixture

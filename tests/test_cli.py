@@ -12,31 +12,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
 
 import gircse.cli
 from gircse.cli.common import quiet_libraries
 from gircse.fast import step_kernels
 from gircse.model import GIRCSE
-
-
-@pytest.fixture(scope="module")
-def saved(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    GIRCSE.from_backbone(str(backbone), num_steps=3, max_seq_length=60, lora=lora, device="cpu").save_pretrained(
-        str(folder)
-    )
-    return str(folder)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["gircse", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        gircse.cli.main()
-    captured = capsys.readouterr()
-    code = stop.value.code
-    return (code if isinstance(code, int) else 0 if code is None else 1), captured.out, captured.err
+from tests.verbs import run
 
 
 def test_similarity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-import gircse.cli
 from gircse.errors import UsageError
 from gircse.explanation import mean_soft_token
 from gircse.groups.classify import Classifier
 from gircse.groups.clusters import closeness, cluster, distinctive_words, most_central, spoken_words
 from gircse.model import GIRCSE
+from tests.verbs import run
 
 WORDS = {"joy": 0, "happy": 0, "glad": 0, "anger": 1, "angry": 1, "fear": 2, "afraid": 2}
 
@@ -139,13 +138,6 @@ def test_the_mean_soft_token_is_that_of_the_texts(saved: str) -> None:
     assert model.tokenizer.decode([int(alone[0].argmax())]) == first.tokens[0]
 
 
-@pytest.fixture(scope="module")
-def saved(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("saved") / "model")
-    GIRCSE.from_backbone(str(backbone), num_steps=2, max_seq_length=60, device="cpu").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     rows = [{"key": f"k{n}", "text": f"{'cat' if n % 2 else 'dog'} {n}", "label": n % 2} for n in range(12)]
@@ -153,14 +145,6 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "texts.txt").write_text("a cat\na dog\na cow\n")
     (tmp_path / "names.txt").write_text("cat\n\n dog \n")
     return tmp_path
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["gircse", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        gircse.cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_classify_by_names(

@@ -149,6 +149,9 @@ def test_classify(server: str, model: GIRCSE) -> None:
         np.testing.assert_allclose(found, scores, atol=1e-5)
         assert [one["label"] for one in answer["data"][0]["predictions"]] == labels
     assert error(post(server, body, "/v1/classify"), 400)["param"] == "instruction", "too long for so small a model"
+    for path, asking in (("/v1/classify", body), ("/v1/embeddings", {"input": "a"}), ("/v1/explain", {"input": "a"})):
+        said = error(post(server, {**asking, "instruction": " "}, path), 400)
+        assert (said["param"], said["message"][:24]) == ("instruction", "The instruction is empty")
     assert "model_not_found" in error(post(server, body | {"model": "gpt"}, "/v1/classify"), 404)["code"]
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gircse.cli.common import (
     DebugOption,
@@ -17,9 +16,12 @@ from gircse.cli.common import (
     InstructionOption,
     JsonOption,
     ModelOption,
+    printable,
+    shortened,
     stderr,
+    without_control,
 )
-from gircse.cli.search import IndexArgument, WhereOption, load_index_model, open_index, shortened
+from gircse.cli.search import IndexArgument, WhereOption, load_index_model, open_index
 from gircse.errors import UsageError
 from gircse.search import DEFAULT_CONTEXT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_MIN_SIMILARITY
 
@@ -100,7 +102,7 @@ def ask(
     for piece in result.pieces:
         pieces.append(piece)
         if not json_output:
-            sys.stdout.write(piece)
+            sys.stdout.write(without_control(piece))
             sys.stdout.flush()
     text = "".join(pieces).strip()
     cited = work.cited(text, result.passages)
@@ -126,7 +128,7 @@ def _print_sources(passages: list[Passage], cited: list[Passage]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for passage in passages:
         style = "bold" if passage in cited else "dim"
-        name, text = escape(passage.hit.chunk_id), escape(shortened(passage.text))
+        name, text = printable(passage.hit.chunk_id), printable(shortened(passage.text))
         console.print(f"[{style}]\\[{passage.number}][/]  {passage.hit.similarity:.3f}  [cyan]{name}[/]  {text}")
 
 

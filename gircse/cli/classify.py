@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gircse.cli.common import (
     ColumnOption,
@@ -21,14 +20,16 @@ from gircse.cli.common import (
     IdColumnOption,
     InputFormatOption,
     JsonOption,
+    MaxLengthOption,
     ModelOption,
     NumStepsOption,
     QuantizeOption,
     load_model,
+    printable,
+    shortened,
     stderr,
 )
 from gircse.cli.groups import OutputOption, OverwriteOption, check_output, read_texts, write_rows
-from gircse.cli.search import shortened
 from gircse.errors import InputDataError, UsageError
 from gircse.groups import DEFAULT_INSTRUCTION
 
@@ -57,6 +58,7 @@ def classify(
     column: ColumnOption = "text",
     id_column: IdColumnOption = None,
     num_steps: NumStepsOption = None,
+    max_length: MaxLengthOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -89,7 +91,9 @@ def classify(
         from gircse.groups.classify import Classifier, check_labels
 
         check_labels(names if shown is None else list(dict.fromkeys(shown.labels)))
-    loaded = load_model(model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps)
+    loaded = load_model(
+        model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps, max_length=max_length
+    )
     with stderr.status("reading the classes"):
         if shown is None:
             classifier = Classifier.from_labels(loaded, names, instruction=instruction)
@@ -113,10 +117,10 @@ def classify(
         return
     console = Console(highlight=False, soft_wrap=True)
     for row in rows if output is None else []:
-        label = f"[cyan]{escape(str(row['id']))}[/]  [bold]{escape(row['label'])}[/]"
-        console.print(f"{label}  {row['score']:.2f} (+{row['margin']:.2f})  {escape(shortened(row['text']))}")
+        label = f"[cyan]{printable(row['id'])}[/]  [bold]{printable(row['label'])}[/]"
+        console.print(f"{label}  {row['score']:.2f} (+{row['margin']:.2f})  {printable(shortened(row['text']))}")
     for name, count in found.most_common() if output is not None else []:
-        console.print(f"{count:>7,}  {escape(name)}")
+        console.print(f"{count:>7,}  {printable(name)}")
     if accuracy is not None:
         console.print(f"accuracy {accuracy:.3f} of {len(rows):,}")
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gircse.cli.common import (
     ColumnOption,
@@ -18,14 +17,16 @@ from gircse.cli.common import (
     IdColumnOption,
     InputFormatOption,
     JsonOption,
+    MaxLengthOption,
     ModelOption,
     NumStepsOption,
     QuantizeOption,
     load_model,
+    printable,
+    shortened,
     stderr,
 )
 from gircse.cli.groups import OutputOption, OverwriteOption, check_output, read_texts, write_rows
-from gircse.cli.search import shortened
 from gircse.errors import InputDataError
 from gircse.groups import DEFAULT_CLUSTERS, DEFAULT_INSTRUCTION
 
@@ -46,6 +47,7 @@ def cluster(
     column: ColumnOption = "text",
     id_column: IdColumnOption = None,
     num_steps: NumStepsOption = None,
+    max_length: MaxLengthOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -68,7 +70,9 @@ def cluster(
     given = read_texts(source, input_format, column, id_column, truth)
     if len(given.texts) < clusters:
         raise InputDataError(source, None, f"{len(given.texts)} texts make no {clusters} groups; lower --clusters")
-    loaded = load_model(model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps)
+    loaded = load_model(
+        model, device=device, dtype=dtype, quantize=quantize, num_steps=num_steps, max_length=max_length
+    )
     prompt = loaded.format_instruction(instruction)
     vectors = loaded.encode(given.texts, prompt=prompt, normalize_embeddings=True, show_progress_bar=stderr.is_terminal)
     with stderr.status("grouping"):
@@ -108,10 +112,10 @@ def cluster(
     for group, members in zip(groups, spokesmen, strict=True):
         head = f"[bold]{group['cluster']:>3}[/]  {group['size']:>6,} texts"
         console.print(
-            f"{head}  [bold]{escape(', '.join(group['said']))}[/]  [dim]{escape(', '.join(group['words']))}[/]"
+            f"{head}  [bold]{printable(', '.join(group['said']))}[/]  [dim]{printable(', '.join(group['words']))}[/]"
         )
         for row in members[:EXAMPLES]:
-            name = escape(str(given.ids[row]))
-            console.print(f"       [cyan]{name}[/]  {escape(shortened(given.texts[row]))}")
+            name = printable(given.ids[row])
+            console.print(f"       [cyan]{name}[/]  {printable(shortened(given.texts[row]))}")
     if v_measure is not None:
         console.print(f"v-measure {v_measure:.3f} of {len(rows):,}")

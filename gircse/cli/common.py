@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gircse.embed import InputFormat
@@ -29,6 +31,14 @@ BatchTokensOption = Annotated[
 ]
 NumStepsOption = Annotated[
     int | None, typer.Option("--num-steps", min=0, help="Refinement steps K; the model's where not given.")
+]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        min=1,
+        help="Longest prompt + text in tokens; the model's where not given. Only the text is cut.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the best there is where not given.")
@@ -52,6 +62,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 stderr = Console(stderr=True)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # tabs and ends of lines may stay
+
+
+def without_control(text: object) -> str:
+    """What a file or a model says, for a terminal: without characters that are commands to it."""
+    return _CONTROL.sub("\ufffd", str(text))
+
+
+def printable(text: object) -> str:
+    """The same for Rich, whose markup is in brackets."""
+    return escape(without_control(text))
+
+
+def shortened(text: str, limit: int = 160) -> str:
+    """A text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @contextmanager
@@ -78,6 +105,7 @@ def load_model(
     device: str | None = None,
     dtype: Dtype = "auto",
     num_steps: int | None = None,
+    max_length: int | None = None,
     quantize: Quantize | None = None,
     pack: bool = True,
 ) -> GIRCSE:
@@ -111,7 +139,24 @@ def load_model(
         loaded.pack_weights()
     if num_steps is not None:
         loaded.num_steps = num_steps
+    if max_length is not None:
+        check_positions(loaded, max_length, loaded.num_steps)
+        loaded.max_seq_length = max_length
     return loaded
+
+
+def check_positions(model: GIRCSE, longest: int | None, num_steps: int) -> None:
+    """Refuse what the first long text would otherwise end in mid-run.
+
+    Raises:
+        UsageError: The longest prompt and its soft tokens have no room in the backbone.
+    """
+    positions = model.encoder.decoder.max_positions
+    if (longest or 0) + num_steps > positions:
+        raise UsageError(
+            f"--max-length ({longest}) and --num-steps ({num_steps}) exceed the backbone's {positions} positions "
+            "together; lower one of them"
+        )
 
 
 def check_device(device: str | None) -> None:
@@ -157,7 +202,10 @@ def steps_of(model: str | None) -> int | None:
 def _saved_config(model: str | None) -> dict[str, Any]:
     folder = Path(model) if model else Path(__file__).parents[1] / "pretrained" / "smollm2-135m"
     config = folder / "gircse_config.json"
-    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    try:
+        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError:
+        return {}  # loading it says so
 
 
 def prepare_backbone(name: str | None) -> None:

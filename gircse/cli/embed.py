@@ -27,10 +27,12 @@ from gircse.cli.common import (
     DtypeOption,
     InstructionOption,
     JsonOption,
+    MaxLengthOption,
     ModelOption,
     NumStepsOption,
     Quantize,
     QuantizeOption,
+    check_positions,
     concrete_dtype,
     load_model,
     stderr,
@@ -104,10 +106,7 @@ def embed(
         str | None, typer.Option(help="Instead of an instruction: put before every text as it stands.")
     ] = None,
     num_steps: NumStepsOption = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Longest prompt + text in tokens; the model's where not given. Only the text is cut."),
-    ] = None,
+    max_length: MaxLengthOption = None,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -165,7 +164,7 @@ def embed(
 
     def settings_of(encoder: GIRCSE, environment: dict[str, str | int]) -> EmbedSettings:
         steps, longest = encoder.num_steps if num_steps is None else num_steps, max_length or encoder.max_seq_length
-        _check_positions(encoder, longest, steps)
+        check_positions(encoder, longest, steps)
         return EmbedSettings(
             model=model or "default",
             model_checksum=_model_checksum(encoder),
@@ -282,16 +281,6 @@ def _close(summary: EmbedSummary, settings: EmbedSettings, json_output: bool, *,
         stderr.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_output:
         print(json.dumps(asdict(summary), ensure_ascii=False))
-
-
-def _check_positions(model: GIRCSE, longest: int | None, num_steps: int) -> None:
-    """Refuse what the first long text would otherwise end in mid-run."""
-    positions = model.encoder.decoder.max_positions
-    if (longest or 0) + num_steps > positions:
-        raise UsageError(
-            f"--max-length ({longest}) and --num-steps ({num_steps}) exceed the backbone's {positions} positions "
-            "together; lower one of them"
-        )
 
 
 def _model_checksum(model: GIRCSE) -> str:

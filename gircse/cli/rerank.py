@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gircse.cli.common import (
     ColumnOption,
@@ -24,8 +23,9 @@ from gircse.cli.common import (
     NumStepsOption,
     QuantizeOption,
     load_model,
+    printable,
+    shortened,
 )
-from gircse.cli.search import shortened
 from gircse.errors import InputDataError
 
 
@@ -72,5 +72,5 @@ def rerank(
         return
     console = Console(highlight=False, soft_wrap=True)
     for place, result in enumerate(ranked, start=1):
-        name = escape(str(rows[result.index].id))
-        console.print(f"[bold]{place:>3}[/]  {result.score:.4f}  [cyan]{name}[/]  {escape(shortened(result.text))}")
+        name = printable(rows[result.index].id)
+        console.print(f"[bold]{place:>3}[/]  {result.score:.4f}  [cyan]{name}[/]  {printable(shortened(result.text))}")

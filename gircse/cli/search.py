@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gircse.cli.common import (
     DebugOption,
@@ -24,6 +23,8 @@ from gircse.cli.common import (
     Quantize,
     QuantizeOption,
     load_model,
+    printable,
+    shortened,
     stderr,
 )
 from gircse.search import DEFAULT_CANDIDATES, SearchMode
@@ -98,7 +99,9 @@ def search(
     console = Console(highlight=False, soft_wrap=True)
     for rank, hit in enumerate(hits, start=1):
         shown = hit.chunk_id if chunks else hit.document_id
-        console.print(f"[bold]{rank:>3}[/]  {hit.score:.4f}  [cyan]{escape(shown)}[/]  {escape(shortened(hit.text))}")
+        console.print(
+            f"[bold]{rank:>3}[/]  {hit.score:.4f}  [cyan]{printable(shown)}[/]  {printable(shortened(hit.text))}"
+        )
     if not hits:
         stderr.print("nothing found", highlight=False)
 
@@ -142,9 +145,3 @@ def load_index_model(
 def as_json(hits: Sequence[SearchHit]) -> list[dict[str, Any]]:
     """Hits as a program reads them."""
     return [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
-
-
-def shortened(text: str, limit: int = 160) -> str:
-    """A text on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -43,7 +43,7 @@ def similarity(
         if not text.strip():
             raise UsageError(f"text {name} is empty; give two texts")
     loaded = load_model(model, device=device, dtype=dtype, num_steps=num_steps)
-    prompt = loaded.format_instruction(instruction) if instruction else ""
+    prompt = "" if instruction is None else loaded.format_instruction(instruction)
     vectors = loaded.encode([a, b], prompt=prompt)
     score = float(loaded.similarity(vectors[:1], vectors[1:])[0, 0].clamp(-1, 1))  # rounding may pass 1
     if json_output:

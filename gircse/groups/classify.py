@@ -159,8 +159,10 @@ def check_labels(labels: Sequence[str]) -> None:
     """Refuse names that make no choice.
 
     Raises:
-        UsageError: Fewer than two, an empty one, or one that is there twice.
+        UsageError: Fewer than two, an empty one, one that is there twice, or a text instead of a list.
     """
+    if isinstance(labels, str):
+        raise UsageError(f"classes are a list of names, not the one text {labels!r}")
     if len(labels) < 2:
         raise UsageError(f"give two classes or more, not {len(labels)}")
     if any(not label.strip() for label in labels):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.cluster import KMeans
 
+from gircse.errors import UsageError
+
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
 
@@ -27,8 +29,14 @@ _WORD_STARTS = ("Ġ", "▁")  # how tokenizers write the space before a word
 
 
 def cluster(vectors: np.ndarray, count: int) -> np.ndarray:
-    """K-means in all dimensions: the cluster of every vector, (n,), numbered from 0 by size, largest first."""
-    labels = KMeans(min(count, len(vectors)), random_state=SEED).fit_predict(vectors)
+    """K-means in all dimensions: the cluster of every vector, (n,), numbered from 0 by size, largest first.
+
+    Raises:
+        UsageError: There are fewer vectors than clusters.
+    """
+    if not 1 <= count <= len(vectors):
+        raise UsageError(f"{len(vectors)} vectors make no {count} clusters")
+    labels = KMeans(count, random_state=SEED).fit_predict(vectors)
     by_size = [label for label, _ in Counter(labels.tolist()).most_common()]
     rank = {label: place for place, label in enumerate(by_size)}
     return np.array([rank[label] for label in labels.tolist()])

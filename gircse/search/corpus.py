@@ -28,8 +28,15 @@ class Document(NamedTuple):
 
     @property
     def content_hash(self) -> str:
-        """Of text and metadata: two documents of one id that have the same are the same."""
-        content = json.dumps([self.text, sorted(self.metadata.items())], ensure_ascii=True)
+        """Of text and metadata: two documents of one id that have the same are the same.
+
+        1 and 1.0 are the same number: a file makes one of the other when its column gains a decimal elsewhere.
+        """
+        metadata = [
+            (name, int(value) if isinstance(value, float) and value.is_integer() else value)
+            for name, value in sorted(self.metadata.items())
+        ]
+        content = json.dumps([self.text, metadata], ensure_ascii=True)
         return blake2b(content.encode(), digest_size=16).hexdigest()
 
 

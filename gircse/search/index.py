@@ -180,7 +180,7 @@ class _Job:
         for document in documents:
             self.looked_at += 1
             before, now = known.get(document.id), document.content_hash
-            if before is not None and (before == now or before == self._hash_before_widening(document)):
+            if before == now:
                 self.unchanged += 1
                 continue
             self.added += before is None
@@ -200,15 +200,6 @@ class _Job:
                     self.table.compact()
         if self.on_progress is not None:
             self.on_progress(IndexProgress(self.looked_at, self.total, self.embedded, self.seconds))
-
-    def _hash_before_widening(self, document: Document) -> str:
-        """The content hash while its columns of doubles held whole numbers: a file may have made 1.0 of 1 since."""
-        types = self.manifest.metadata
-        metadata = {
-            name: int(value) if types[name] == "double" and isinstance(value, float) and value.is_integer() else value
-            for name, value in document.metadata.items()
-        }
-        return document._replace(metadata=metadata).content_hash
 
     def _chunks(self, document: Document, content_hash: str) -> Iterator[Chunk]:
         settings, types = self.manifest.settings, self.manifest.metadata

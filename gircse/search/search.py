@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -128,6 +128,8 @@ class SearchIndex:
                 an index that lacks its full-text part yet, or a file of the index cannot be read.
         """
         self.check(query, where, num_steps)
+        if mode not in get_args(SearchMode):
+            raise UsageError(f"mode must be one of {', '.join(get_args(SearchMode))}, not {mode!r}")
         if top < 1 or candidates < 1:
             raise UsageError(f"top and candidates must be 1 or more, not {top} and {candidates}")
         if mode == "text" and rerank_steps is None:

@@ -259,7 +259,7 @@ class Service:
             raise InvalidRequestError(str(error), param="labels") from error
         self._check_items(len(texts) + len(labels), "input")
         async with self._admitted(len(texts) + len(labels)):
-            prompt = self.model.format_instruction(instruction)
+            prompt = self._prompt(instruction, None)
             ids, truncated = await self._tokenize(texts, prompt, "input")
             names, cut = await self._tokenize(texts_of_labels(labels), prompt, "labels")
             vectors = await asyncio.wrap_future(self.engine.submit(ids + names, steps))
@@ -296,8 +296,11 @@ class Service:
 
     def _prompt(self, instruction: str | None, input_type: InputType | None) -> str:
         """The instruction where there is one, else the model's own prompt for such texts."""
-        if instruction:
-            return self.model.format_instruction(instruction)
+        if instruction is not None:
+            try:
+                return self.model.format_instruction(instruction)
+            except UsageError as error:
+                raise InvalidRequestError(str(error), param="instruction") from error
         return self.own_prompt(input_type) if input_type else ""
 
     # Limits
