@@ -96,6 +96,19 @@ def test_a_large_request_does_not_starve_a_small_one_nor_the_small_ones_it() -> 
     assert len(large.waiting) < waiting, "the large one goes on as well"
 
 
+@pytest.mark.parametrize("large", [Job([400], 5), Job([480] * 40, 5), Job([60], 5, exclusive=True)])
+def test_an_endless_stream_of_short_queries_does_not_starve_what_is_longer(large: Job) -> None:
+    queue = FairQueue()
+    queue.add(large)
+    rows, batches = len(large.waiting), 0
+    while large.waiting:
+        for _ in range(2):  # there is never nothing shorter to do
+            queue.add(Job([12], 5))
+        queue.take(4096)
+        batches += 1
+        assert batches <= 40 * rows, "a row of 485 tokens waits for so many short queries as have its tokens"
+
+
 def test_rows_of_different_k_share_a_batch_and_get_their_own_vectors(model: GIRCSE) -> None:
     texts = ["a cat", "dogs and cats!", "x", "a longer text than these", "cats", "why?"]
     ids = model.tokenize_texts(texts).ids

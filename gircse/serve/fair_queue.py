@@ -1,4 +1,4 @@
-"""Which rows make the next batch: start-time fair queueing over requests, then rows of similar cost.
+"""Which rows make the next batch: self-clocked fair queueing over requests, then rows of similar cost.
 
 Knows token counts; knows nothing of models, threads or HTTP.
 """
@@ -80,9 +80,10 @@ class Batch:
 class FairQueue:
     """Jobs, each with a clock of the tokens it was served.
 
-    The job that is behind leads the next batch with its longest row; the others add rows of about that cost in turns.
-    A new job starts at the clock of those being served, so it waits for no more than one row of each of them, however
-    large they are, and none of them can be overtaken for ever.
+    The job whose longest row would be done first leads the next batch with it, and that is what the clock shows then;
+    the others add rows of about that cost in turns. A new job starts at the clock (S. J. Golestani, "A self-clocked
+    fair queueing scheme", 1994): it waits for no more than one row of each of those being served, however large they
+    are, and as every leader moves the clock on, no stream of short requests overtakes a long one for ever.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,7 @@ class FairQueue:
         while heap:
             job = heap[0][1]
             if not batch.rows:
-                self._clock = max(self._clock, job.served)
+                self._clock = max(self._clock, job.priority()[0])
                 leader_is_small = job.tokens <= SMALL_BATCH_TOKENS
                 place: int | None = len(job.waiting) - 1
             else:
