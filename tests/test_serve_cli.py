@@ -83,7 +83,7 @@ def test_flags_and_variables_reach_the_service(monkeypatch: pytest.MonkeyPatch, 
         values = value if isinstance(value, tuple) else (value,)
         for one in values:
             arguments += ["--" + names.get(name, name).replace("_", "-")] + ([] if value is True else [str(one)])
-        environment[option.envvar] = "1" if value is True else " ".join(map(str, values))
+        environment[option.envvar] = "1" if value is True else ",".join(map(str, values))
     for case in ((arguments, {}), ([], environment)):
         service, result = served(monkeypatch, *case)
         assert service is not None, result.output
@@ -97,6 +97,15 @@ def test_flags_and_variables_reach_the_service(monkeypatch: pytest.MonkeyPatch, 
     )
     assert service.limits.names == ("tiny",)
     assert "GIRCSE_API_KEY" in result.output
+    monkeypatch.chdir(saved)
+    service, _ = served(monkeypatch, ["--model", ".", "--port", "0", "--max-num-steps", "9"], {})
+    assert service.limits.names == ("tiny",), "a folder has a name, wherever one stands"
+
+
+def test_an_empty_secret_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
+    service, result = served(monkeypatch, ["--model", saved, "--port", "0"], {"GIRCSE_API_KEY": ""})
+    assert service is None
+    assert "GIRCSE_API_KEY is set and empty" in str(result.exception)
 
 
 def command(*arguments: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from gircse.cli.common import DTYPE_HELP, QUANTIZE_HELP, Dtype, Quantize, load_model, stderr, steps_of
-from gircse.errors import MissingExtraError
+from gircse.errors import MissingExtraError, UsageError
 from gircse.serve.settings import MAX_ITEMS, LongTexts, ServeSettings
 
 _MODEL, _ACCESS, _LIMITS, _LOGS = "Model", "Access", "Limits", "Logs"
@@ -113,12 +114,14 @@ def serve(
       GIRCSE_API_KEY=... gircse serve --host 0.0.0.0 --log-json
       gircse serve --device cuda --dtype bfloat16 --long-texts cut
     """
+    if api_key is None and "GIRCSE_API_KEY" in os.environ:  # an empty secret would open the server to everybody
+        raise UsageError("GIRCSE_API_KEY is set and empty; give it a key, or unset it to serve without one")
     settings = ServeSettings(
         host=host,
         port=port,
-        served_names=tuple(served_name or ()),
+        served_names=_between_commas(served_name),
         api_key=api_key,
-        cors_origins=tuple(cors_origin or ()),
+        cors_origins=_between_commas(cors_origin),
         num_steps=num_steps,
         max_num_steps=max_num_steps,
         max_tokens=max_tokens,
@@ -141,15 +144,16 @@ def serve(
         )
     from gircse.hardware import in_own_thread
     from gircse.serve.logs import configure_logging
-    from gircse.serve.run import bind, run
+    from gircse.serve.run import bind, ended_by_sigterm, run
     from gircse.serve.service import Service
 
     if num_steps is None and (own_steps := steps_of(model)) is not None:
         settings.check_steps(own_steps)
-    with bind(host, port) as listener:  # before the model loads, which takes longer than to find the port taken
+    # The socket is bound before the model loads, which takes longer than to find the port taken.
+    with bind(host, port) as listener, ended_by_sigterm():
         # Not in this thread, which lives on, beside the one that embeds.
         loaded = in_own_thread(lambda: load_model(model, device=device, dtype=dtype, quantize=quantize))
-        service = Service(loaded, settings, Path(model).name if model else "gircse-smollm2-135m")
+        service = Service(loaded, settings, _name_of(model))
         configure_logging(as_json=log_json)
         names = ", ".join(service.limits.names)
 
@@ -158,6 +162,18 @@ def serve(
             stderr.print(words, highlight=False, markup=False)
 
         run(service, listener, announce)
+
+
+def _between_commas(values: list[str] | None) -> tuple[str, ...]:
+    """The values of an option that may be repeated; a variable of the environment has them between commas."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+
+
+def _name_of(model: str | None) -> str:
+    """What clients call a model where nobody says: as its folder is called."""
+    if model is None:
+        return "gircse-smollm2-135m"
+    return (Path(model).resolve() if Path(model).exists() else Path(model)).name
 
 
 def _is_loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ import base64
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -32,7 +32,7 @@ from gircse._version import __version__
 from gircse.serve import schemas
 from gircse.serve.errors import error_response, refusal_response, validation_response
 from gircse.serve.middleware import CLIENT_GONE, Gate, facts_of
-from gircse.serve.refusals import Refusal
+from gircse.serve.refusals import ModelFailedError, Refusal
 from gircse.serve.service import Classes, Embedded, Service
 
 logger = logging.getLogger("gircse.serve")
@@ -94,8 +94,8 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(service.settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own; there are no cookies to guard
+            expose_headers=["x-request-id", "retry-after", "x-truncated-texts"],
         )
     _add_errors(app)
     _add_embedding_routes(app, service)
@@ -186,9 +186,11 @@ def _add_embedding_routes(app: FastAPI, service: Service) -> None:
         """What each soft token of a text is made of."""
         if settings.log_texts:
             facts_of(request.scope).logged |= {"input": body.input, "instruction": body.instruction}
+        facts_of(request.scope).logged["texts"] = 1
         work = service.explain(body.input, instruction=body.instruction, num_steps=body.num_steps, top=body.top)
-        steps = await _while_connected(request, work)
-        answer = {"model": service.limits.names[0], "steps": [asdict(step) for step in steps]}
+        done = await _while_connected(request, work)
+        _note(service, request, done.tokens, len(done.steps), 0)
+        answer = {"model": service.limits.names[0], "steps": [asdict(step) for step in done.steps]}
         return _json(to_json(answer))
 
 
@@ -252,6 +254,8 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Refusal) -> Response:
         facts = facts_of(request.scope)
         facts.logged["error"] = error.code
+        if isinstance(error, ModelFailedError):
+            logger.error("%s", error, extra={"facts": {"request_id": facts.request_id}})
         return refusal_response(error, facts.request_id)
 
     @app.exception_handler(RequestValidationError)
@@ -300,8 +304,19 @@ def _document(app: FastAPI, service: Service) -> None:
     for model in requests:
         for field in limits.keys() & model["properties"].keys():
             model["properties"][field]["anyOf"][0]["maximum"] = limits[field]
+    for part in _parts(requests):
+        if part.get("maxItems") == schemas.MAX_ITEMS:
+            part["maxItems"] = service.settings.max_items
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+
+
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """All objects of a JSON schema, itself included."""
+    if isinstance(schema, dict):
+        yield schema
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _parts(part)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -332,7 +347,7 @@ def _note(service: Service, request: Request, tokens: int, num_steps: int, trunc
     service.metrics.truncated.inc(truncated)
 
 
-def _render_embeddings(done: Embedded, encoding: str, model: str) -> bytes:
+def _render_embeddings(done: Embedded, encoding: str | None, model: str) -> bytes:
     if encoding == "base64":
         values: list[Any] = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in done.vectors]
     else:

@@ -68,7 +68,7 @@ class BatchReport:
         padded_tokens: What the batch cost.
         seconds: How long it took.
         waits: Seconds that each row had waited.
-        failed: Whether the model raised an error.
+        failed: Whether the model raised an error, or returned no vector that is finite.
     """
 
     rows: int
@@ -162,15 +162,16 @@ class Engine:
         self._enqueue(Job([len(row) for row in ids], num_steps, payload=request))
         return future
 
-    def call(self, function: Callable[[], Any], tokens: int) -> Future[Any]:
+    def call(self, function: Callable[[], Any], tokens: int, num_steps: int = 0) -> Future[Any]:
         """Queue any other work that needs the model.
 
         Args:
             function: Run in the engine's thread, alone.
-            tokens: About what it costs.
+            tokens: Of the prompt that it reads.
+            num_steps: K.
         """
         future: Future[Any] = Future()
-        self._enqueue(Job([tokens], 0, exclusive=True, payload=_Request([[]], future, function)))
+        self._enqueue(Job([tokens], num_steps, exclusive=True, payload=_Request([[]], future, function)))
         return future
 
     def stop(self, timeout: float) -> bool:
@@ -222,7 +223,7 @@ class Engine:
                 batch = self._queue.take(self.batch_tokens)
             try:
                 if batch.rows[0][0].exclusive:
-                    self._run_function(batch.rows[0][0].payload)
+                    self._run_function(batch.rows[0][0])
                 else:
                     self._run_rows(batch)
             except Exception as error:  # a mistake of ours must not leave the others waiting for a dead thread
@@ -230,14 +231,20 @@ class Engine:
                 for job, _ in batch.rows:
                     _finish(job.payload.future, _model_failed(error))
 
-    def _run_function(self, request: _Request) -> None:
+    def _run_function(self, job: Job) -> None:
+        request: _Request = job.payload
         if request.future.done() or request.function is None:
             return
+        started = time.monotonic()
         try:
-            _finish(request.future, request.function())
+            outcome = request.function()
         except Exception as error:
             logger.exception("a call of the model failed")
-            _finish(request.future, _model_failed(error))
+            outcome = _model_failed(error)
+        seconds, wait = time.monotonic() - started, started - request.submitted
+        tokens, steps, failed = job.lengths[0], job.num_steps, isinstance(outcome, ModelFailedError)
+        self._on_batch(BatchReport(1, tokens, steps, tokens + steps, seconds, [wait], failed))
+        _finish(request.future, outcome)
 
     def _run_rows(self, batch: Batch) -> None:
         """Run a batch; after an error its halves, down to the row that is to blame."""
@@ -254,14 +261,16 @@ class Engine:
         except Exception as error:
             failed = _model_failed(error)
             logger.exception("a batch of %d texts failed", len(rows))
+        strange = np.zeros(len(rows), dtype=bool) if failed else ~np.isfinite(vectors).all(axis=1)
+        if strange.any():
+            logger.error("%d of %d vectors of a batch are not finite", int(strange.sum()), len(rows))
+        useless = failed is not None or bool(strange.all())
         seconds = time.monotonic() - started
         padded = max(map(len, ids)) * len(rows) + sum(steps)
         waits = [started - job.payload.submitted for job, _ in rows]
-        self._on_batch(
-            BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, failed is not None)
-        )
+        self._on_batch(BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, useless))
         if failed is None:
-            self._failures = 0
+            self._failures = self._failures + len(rows) if useless else 0
             rate = len(rows) / max(seconds, 1e-6)
             self._texts_per_second = 0.8 * self._texts_per_second + 0.2 * rate if self._texts_per_second else rate
             self._deliver(rows, vectors)
@@ -278,7 +287,8 @@ class Engine:
         for (job, row), vector in zip(rows, vectors, strict=True):
             request: _Request = job.payload
             if not np.isfinite(vector).all():
-                _finish(request.future, ModelFailedError("the model returned a vector that is not finite"))
+                words = "the model returned a vector that is not finite"
+                _finish(request.future, ModelFailedError(words, logged=False))
                 continue
             request.vectors[row] = vector
             request.missing -= 1

@@ -38,7 +38,7 @@ def error_response(status: int, message: str, *, param: str | None = None, code:
 def refusal_response(refusal: refusals.Refusal, request_id: str) -> Response:
     """The answer to a request that the service refused."""
     message = str(refusal)
-    if isinstance(refusal, refusals.ModelFailedError):
+    if isinstance(refusal, refusals.ModelFailedError) and refusal.logged:
         message += f" under request id {request_id}"
     response = error_response(_STATUS[type(refusal)], message, param=refusal.param, code=refusal.code)
     if isinstance(refusal, refusals.BusyError):

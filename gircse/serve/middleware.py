@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gircse.serve.errors import error_response
@@ -37,6 +38,8 @@ _PUBLIC = frozenset(
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _DRAIN = 4  # times the limit on bodies: a client that is told "too large" has usually to finish sending first
+_BODIES = 8  # so many of the largest size are held at once, whoever sends them
+_SILENCE = 20.0  # seconds without a byte of the body: whoever is slower keeps places that others wait for
 
 
 @dataclass
@@ -57,6 +60,33 @@ def facts_of(scope: Scope) -> RequestFacts:
     return scope["gircse.facts"]
 
 
+@dataclass
+class Body:
+    """What has been read of a request.
+
+    Attributes:
+        chunks: Its bytes.
+        size: How many these are.
+        gone: Whether the client went before the end.
+    """
+
+    chunks: list[bytes] = field(default_factory=list)
+    size: int = 0
+    gone: bool = False
+
+    def add(self, chunk: bytes) -> int:
+        """Keep a chunk, and say how many bytes that is."""
+        self.chunks.append(chunk)
+        self.size += len(chunk)
+        return len(chunk)
+
+    def clear(self) -> int:
+        """Forget all, and say how many bytes that was."""
+        size, self.size = self.size, 0
+        self.chunks.clear()
+        return size
+
+
 class Gate:
     """ASGI middleware: lets a request in, or answers with OpenAI's error object.
 
@@ -70,6 +100,7 @@ class Gate:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.max_body = int(settings.max_body_mb * 1e6)
         self.in_progress = 0
+        self.buffered = 0  # bytes of bodies, until their requests are answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -90,10 +121,8 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = facts.request_id
             await send(message)
 
-        work = scope["method"] == "POST"
-        self.in_progress += work
         try:
-            await self._answer(scope, receive, send_with_id, headers, work)
+            await self._answer(scope, receive, send_with_id, headers)
         except asyncio.CancelledError:  # the grace period is over
             facts.logged["error"] = "shutting_down"
             if not status:
@@ -106,11 +135,10 @@ class Gate:
                 message = f"an unexpected error; the server's log has it under request id {facts.request_id}"
                 await error_response(500, message, code="internal")(scope, receive, send_with_id)
         finally:
-            self.in_progress -= work
             self._record(scope, facts, status or CLIENT_GONE, time.monotonic() - started)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, work: bool) -> None:
-        path = _route(scope)
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        path, work = _route(scope), scope["method"] == "POST"
         public = not work and (path in _PUBLIC or path.startswith("/static-offline-docs/"))
         refusal = None
         if not public and not self._has_key(headers):  # before anything of the body is read
@@ -118,29 +146,46 @@ class Gate:
                 401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key"
             )
             refusal.headers["www-authenticate"] = "Bearer"
-        elif work and self.in_progress > self.settings.max_requests:
-            refusal = error_response(
-                429,
-                f"this server works on {self.settings.max_requests} requests at once and all are taken; "
-                "try again in 1 s",
-                code="too_many_requests",
-            )
-            refusal.headers["retry-after"] = "1"
         elif work:
-            body = await self._read_body(receive, headers)
-            if body is None:
-                return
-            if isinstance(body, bytes):
-                receive = _replay(body, receive)
-            else:
-                refusal = body
+            await self._answer_body(scope, receive, send, headers)
+            return
         if refusal is not None:
-            facts_of(scope).logged["error"] = {401: "invalid_api_key", 429: "too_many_requests"}.get(
-                refusal.status_code, "body"
-            )
-            await refusal(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    async def _answer_body(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Read the body, whose bytes count until the end, and only then take one of the places."""
+        body = Body()
+        try:
+            refusal = self._full() or await self._read(body, receive, headers) or self._full()
+            if body.gone:
+                facts_of(scope).logged["error"] = "client_gone"
+            elif refusal is not None:
+                await self._refuse(refusal, scope, receive, send)
+            else:
+                whole = b"".join(body.chunks)
+                body.chunks.clear()
+                self.in_progress += 1
+                try:
+                    await self.app(scope, _replay(whole, receive), send)
+                finally:
+                    self.in_progress -= 1
+        finally:
+            self.buffered -= body.size
+
+    @staticmethod
+    async def _refuse(refusal: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        kinds = {401: "invalid_api_key", 429: "too_many_requests"}
+        facts_of(scope).logged["error"] = kinds.get(refusal.status_code, "body")
+        await refusal(scope, receive, send)
+
+    def _full(self) -> Response | None:
+        """What to answer where all places are taken."""
+        most = self.settings.max_requests
+        if self.in_progress < most:
+            return None
+        return _busy(f"this server works on {most} requests at once and all are taken")
 
     def _has_key(self, headers: Headers) -> bool:
         if self.settings.api_key is None:
@@ -149,8 +194,8 @@ class Gate:
         same = hmac.compare_digest(key.strip().encode(), self.settings.api_key.strip().encode())
         return same and scheme.lower() == "bearer"
 
-    async def _read_body(self, receive: Receive, headers: Headers) -> Any:
-        """The body; a refusal where it is too large or too slow; None where the client has gone."""
+    async def _read(self, body: Body, receive: Receive, headers: Headers) -> Response | None:
+        """Fill the body; a refusal where it is too large or too slow, or others have all the room."""
         too_large = error_response(
             413,
             f"the body exceeds this server's limit of {self.settings.max_body_mb:g} MB; send fewer texts at once",
@@ -160,24 +205,29 @@ class Gate:
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > _DRAIN * self.max_body:
             return too_large
-        chunks: list[bytes] = []
-        size = 0
+        limit, received = self.settings.request_timeout, 0
         try:
-            async with asyncio.timeout(self.settings.request_timeout):
+            async with asyncio.timeout(limit):
                 while True:
-                    message = await receive()
+                    async with asyncio.timeout(_SILENCE):
+                        message = await receive()
                     if message["type"] == "http.disconnect":
+                        body.gone = True
                         return None
                     chunk = message.get("body", b"")
-                    size += len(chunk)
-                    if size > self.max_body:
-                        chunks.clear()
+                    received += len(chunk)
+                    if received > self.max_body:
+                        self.buffered -= body.clear()
+                    elif self.buffered + len(chunk) > _BODIES * self.max_body:
+                        busy = _busy(f"{_BODIES * self.settings.max_body_mb:g} MB of other bodies are held already")
+                        busy.headers["connection"] = "close"
+                        return busy
                     else:
-                        chunks.append(chunk)
-                    if not message.get("more_body") or size > _DRAIN * self.max_body:
-                        return too_large if size > self.max_body else b"".join(chunks)
+                        self.buffered += body.add(chunk)
+                    if not message.get("more_body") or received > _DRAIN * self.max_body:
+                        return too_large if received > self.max_body else None
         except TimeoutError:
-            message = f"the body did not arrive within this server's limit of {self.settings.request_timeout:g} s"
+            message = f"the body did not arrive within {min(limit, _SILENCE):g} s; send it faster"
             return error_response(408, message, code="timeout")
 
     def _record(self, scope: Scope, facts: RequestFacts, status: int, seconds: float) -> None:
@@ -199,6 +249,12 @@ class Gate:
             **facts.logged,
         }
         logger.log(level, "request", extra={"facts": line})
+
+
+def _busy(reason: str) -> Response:
+    response = error_response(429, f"{reason}; try again in 1 s", code="too_many_requests")
+    response.headers["retry-after"] = "1"
+    return response
 
 
 def _route(scope: Scope) -> str:

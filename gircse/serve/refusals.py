@@ -68,6 +68,15 @@ class TimedOutError(Refusal):
 
 
 class ModelFailedError(Refusal):
-    """The model raised an error, or returned something that is no vector."""
+    """The model raised an error, or returned something that is no vector.
+
+    Args:
+        message: What happened.
+        logged: Whether the server's log has more of it.
+    """
 
     code = "model_failed"
+
+    def __init__(self, message: str, *, logged: bool = True) -> None:
+        super().__init__(message)
+        self.logged = logged

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
 from gircse.groups import DEFAULT_INSTRUCTION
 from gircse.serve.settings import MAX_ITEMS, InputType
@@ -102,6 +110,16 @@ WholeNumber = Annotated[int, Field(strict=True)]
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, fields: Any) -> Any:
+        """Keep one field that is not known: an error for each of a million would stop the server for ten seconds."""
+        if not isinstance(fields, dict):
+            return fields
+        unknown = next((name for name in fields if name not in cls.model_fields), None)
+        kept = (*cls.model_fields, unknown) if unknown is not None else cls.model_fields
+        return {name: fields[name] for name in kept if name in fields}
+
 
 _NUM_STEPS = Field(default=None, ge=0, description="K, the refinement steps; the server's where not given.")
 _INSTRUCTION = Field(default=None, description="What the vectors should be about.")
@@ -123,7 +141,7 @@ class EmbeddingRequest(_Request):
     )
     input: Input
     model: Text | None = _MODEL
-    encoding_format: Literal["float", "base64"] = Field(
+    encoding_format: Literal["float", "base64"] | None = Field(
         default="float", description="base64: little-endian float32, as OpenAI's clients ask for."
     )
     dimensions: WholeNumber | None = Field(

@@ -90,6 +90,19 @@ class Classes:
     num_steps: int
 
 
+@dataclass(frozen=True)
+class Explained:
+    """A text's soft tokens.
+
+    Attributes:
+        steps: What each is made of.
+        tokens: Prompt tokens of the text.
+    """
+
+    steps: list[SoftTokenContent]
+    tokens: int
+
+
 class Service:
     """A model behind an engine, with the limits of the settings.
 
@@ -268,7 +281,7 @@ class Service:
 
     async def explain(
         self, text: str, *, instruction: str | None = None, num_steps: int | None = None, top: int = 5
-    ) -> list[SoftTokenContent]:
+    ) -> Explained:
         """What each soft token of a text is made of; see `GIRCSE.explain`.
 
         Raises:
@@ -286,7 +299,8 @@ class Service:
                     text, prompt=prompt, num_steps=steps, top=top, max_length=self.limits.max_tokens
                 )
 
-            return await asyncio.wrap_future(self.engine.call(work, len(ids[0]) + steps))
+            contents = await asyncio.wrap_future(self.engine.call(work, len(ids[0]), steps))
+        return Explained(contents, len(ids[0]))
 
     # Prompts
 

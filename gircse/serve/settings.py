@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 from gircse.errors import UsageError
@@ -71,10 +72,10 @@ class ServeSettings:
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be 1 or more, not {value}")
         for name in ("max_body_mb", "request_timeout"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{_flag(name)} must be above 0, not {getattr(self, name)}")
-        if self.max_num_steps < 0 or self.grace_period < 0:
-            raise UsageError("--max-num-steps and --grace-period must be 0 or more")
+            if not 0 < getattr(self, name) < inf:
+                raise UsageError(f"{_flag(name)} must be above 0 and finite, not {getattr(self, name)}")
+        if self.max_num_steps < 0 or not 0 <= self.grace_period < inf:
+            raise UsageError("--max-num-steps and --grace-period must be 0 or more, and finite")
         if self.max_items > MAX_ITEMS:
             raise UsageError(f"--max-items is at most {MAX_ITEMS}, the limit of OpenAI's interface")
         if self.max_queue_texts < self.max_items + 1:
