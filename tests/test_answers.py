@@ -109,8 +109,8 @@ def with_source(folder: Path, backbone: Path, **source: Any) -> Path:
 def test_an_answer_is_the_name_in_the_positive(folder: Path, backbone: Path) -> None:
     recipe = load_recipe(with_source(folder, backbone, answer="pos *"))
     data = load_training_data(recipe)
-    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1", "answer_to_spell"]
-    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert "answer_to_spell" in data["rows/a"].column_names
+    assert "answer_to_spell" not in data["rows/b"].column_names
     rows: list[Any] = data["rows/a"].to_list()
     for row in rows:
         assert row["answer_to_spell"] == " " + row["positive"].rsplit("pos ", 1)[1]

@@ -259,18 +259,17 @@ def test_too_similar_negatives_are_left_out(model: GIRCSE) -> None:
         assert float(loss(columns(model, *texts))) == pytest.approx(expected, rel=1e-4)
 
 
-def test_matryoshka_averages_over_widths(model: GIRCSE) -> None:
-    batch = columns(model, ANCHORS, POSITIVES)
-    with torch.no_grad():
-        parts = []
-        for width in (8, 32):
-            whole = ICRLoss(model, 0.5, matryoshka_dims=[width])
-            whole(batch)
-            parts.append(torch.tensor(whole.last_step_losses))
-        both = ICRLoss(model, 0.5, matryoshka_dims=[8, 32])
-        both(batch)
-    assert both.last_step_losses == pytest.approx(((parts[0] + parts[1]) / 2).tolist(), rel=1e-5)
+@pytest.mark.parametrize("widths", [[8], [8, 32]])
+def test_matryoshka_averages_over_widths_the_whole_one_included(model: GIRCSE, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    anchors, candidates = torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    allowed = torch.ones(3, 3, dtype=torch.bool)
+    plain, loss = ICRLoss(model, 0.5), ICRLoss(model, 0.5, matryoshka_dims=widths)
+    parts = [plain.step_losses(anchors[..., :width], candidates[..., :width], allowed) for width in (8, 32)]
     assert not torch.allclose(parts[0], parts[1])
+    torch.testing.assert_close(loss.step_losses(anchors, candidates, allowed), (parts[0] + parts[1]) / 2)
+    with pytest.raises(UsageError, match="32 dimensions cannot be cut to 33"):
+        ICRLoss(model, 0.5, matryoshka_dims=[33]).step_losses(anchors, candidates, allowed)
 
 
 def test_later_steps_may_count_more() -> None:

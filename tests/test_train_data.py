@@ -16,7 +16,7 @@ import yaml
 from gircse.errors import GircseError
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.train.data import _others, example_counts, load_training_data
+from gircse.train.data import _others, example_counts, load_training_data, text_columns
 from gircse.train.plan import plan_training
 from gircse.train.recipe import Recipe, load_recipe
 from gircse.train.rows import read_rows
@@ -35,8 +35,8 @@ def test_rows_are_drawn_and_laid_out_as_the_recipe_says(folder: Path, backbone: 
     recipe = load_recipe(write(folder, values(folder, backbone)))
     data = load_training_data(recipe)
     assert {name: len(rows) for name, rows in data.items()} == {"rows/a": 16, "rows/b": 8}
-    assert data["rows/a"].column_names == ["anchor", "positive", "negative_1"]
-    assert data["rows/b"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert text_columns(data["rows/a"]) == ["anchor", "positive", "negative_1"]
+    assert text_columns(data["rows/b"]) == ["anchor", "positive", "negative_1", "negative_2"]
     first = data["rows/a"][0]
     assert first["anchor"].startswith("Instruct: do a\nQuery:query ")
     assert first["positive"].startswith("Instruct: do a\nQuery:pos "), "symmetric: both sides carry the instruction"
@@ -195,7 +195,7 @@ def test_rows_of_ones_own_need_a_query_and_a_passage(folder: Path, backbone: Pat
     with pytest.raises(GircseError, match=r"empty\.jsonl: it has no rows at all"):
         load_training_data(load_recipe(write(folder, content)))
     content["data"]["sources"][0]["file"] = "own"
-    content["training"]["batch_size"] = 10
+    content["training"]["batch_size"], content["data"]["max_seq_length"] = 10, 40
     with pytest.raises(GircseError, match="own: a batch holds one source, and 9 rows make none of 10; lower"):
         plan_training(load_recipe(write(folder, content)))
 
@@ -333,8 +333,9 @@ def test_a_facet_turns_positives_and_negatives_around(folder: Path, backbone: Pa
         data = load_training_data(facet_recipe(folder, backbone, facet, negatives, in_batch))[f"rows/a/{facet}"]
         rows: list[Any] = data.to_list()
         prompt = f"Instruct: by {facet}\nQuery:"
-        assert all(text.startswith(prompt) for row in rows for text in row.values())
-        return [[tuple(text.removeprefix(prompt).split()) for text in row.values()] for row in rows]  # form, row
+        texts = [[row[name] for name in text_columns(data)] for row in rows]
+        assert all(text.startswith(prompt) for own in texts for text in own)
+        return [[tuple(text.removeprefix(prompt).split()) for text in own] for own in texts]  # form, row
 
     for (form, row), positive, *negatives in numbers("content", 2, True):
         assert (positive[0] != form, positive[1]) == (True, row), "the counterpart"
@@ -361,7 +362,7 @@ def test_a_text_under_another_wording_is_no_negative(
     (data,) = load_training_data(load_recipe(write(folder, content))).values()
     model = GIRCSE.from_backbone(str(backbone), device="cpu")
     batch = KeysBesideTexts(model.preprocess)(data.to_list())
-    columns = [name for name in data.column_names if name != "text_keys"]
+    columns = text_columns(data)
     texts = [[str(text).split("Query:")[-1] for text in data[name]] for name in columns]
     found = [
         {key.removeprefix(name + "_"): value for key, value in batch.items() if key.startswith(name + "_")}

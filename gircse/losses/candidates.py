@@ -15,6 +15,11 @@ from gircse.errors import UsageError
 TEXT_KEY = "text_key"
 """Of a column's features, where it is there: (B,) int64, equal for texts that count as the same though their tokens
 differ, as they do under two wordings of one instruction."""
+PLAIN_KEY = "plain_key"
+"""Of every column's features, where it is there: (B,) int64, equal for texts that are the same but for prompts."""
+KNOWN_KEYS = "known_keys"
+"""Of the anchors' features, where it is there: (B, n) int64, plain keys of texts that are no negatives of a row: its
+own, and all that are known to answer it, drawn or not."""
 
 
 @torch.no_grad()
@@ -30,7 +35,7 @@ def allowed_candidates(
 
     Args:
         columns: Token ids and masks of anchors, positives and each column of negatives, B rows each; and, in every
-            column or in none, its `TEXT_KEY`.
+            column or in none, its `TEXT_KEY`; and anchors' `KNOWN_KEYS` and every column's `PLAIN_KEY`, or neither.
         labels: Classes, (B,) of positives or (B, columns) of all texts, or None.
         in_batch_negatives: Whether the other rows' candidates are a row's too.
         gather: Makes of a tensor that of all processes, along the first dimension.
@@ -59,6 +64,9 @@ def allowed_candidates(
         allowed = same_row.repeat(1, len(candidates))
     found = torch.cat(candidates)
     allowed &= ~(_are_same(positives, found) | _are_same(anchors, found))
+    if KNOWN_KEYS in columns[0]:
+        plain = torch.cat([gather(column[PLAIN_KEY].to(anchors.device)) for column in columns[1:]])
+        allowed &= ~_are_same(columns[0][KNOWN_KEYS].to(anchors.device), plain.unsqueeze(1))
     # The positive of another row with this row's anchor is one of this row's too, e.g. another translation.
     allowed[:, :total] &= ~_are_same(anchors, gather(anchors))
     if labels is not None and labels.dim() == 1 and labels.numel() == size:
@@ -71,7 +79,7 @@ def allowed_candidates(
 
 
 def _are_same(texts: Tensor, others: Tensor) -> Tensor:
-    """Whether texts share one of their keys: (B, n) and (C, n) to (B, C)."""
+    """Whether texts share one of their keys: (B, n) and (C, n) or (C, 1) to (B, C)."""
     return (texts.unsqueeze(1) == others).any(dim=-1)
 
 

@@ -58,7 +58,8 @@ class ICRLoss(nn.Module):
             tokens there are, and none to write others.
         false_negative_margin: Leave out candidates whose cosine to the anchor after the last step exceeds the
             positive's by more than this; None keeps them. A row's positive always stays.
-        matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well.
+        matryoshka_dims: Average L_k over embeddings cut to these widths, so that shortened vectors work as well. The
+            whole width is always one of them.
         gather_across_devices: Candidates of all processes, and step losses averaged over them: the gradients are
             those of one process with the whole batch.
         teacher_weight: Share, 0 to 1, of the teacher in every L_k where the labels hold a teacher's embeddings:
@@ -308,9 +309,8 @@ class ICRLoss(nn.Module):
                 own = cosines.gather(1, targets.unsqueeze(1))
                 allowed = allowed & (cosines <= own + self.false_negative_margin)
                 allowed.scatter_(1, targets.unsqueeze(1), True)
-        widths = self.matryoshka_dims or (anchors.shape[-1],)
         losses = []
-        for width in widths:
+        for width in self._widths(anchors.shape[-1]):
             scores = _cosines(anchors[..., :width], candidates[..., :width]) / self.temperature  # (K, B, C)
             log_probabilities = scores.masked_fill(~allowed, float("-inf")).log_softmax(dim=-1)
             rows = torch.arange(len(anchors), device=anchors.device)
@@ -330,12 +330,18 @@ class ICRLoss(nn.Module):
         """
         teacher = teacher.to(texts.device)
         losses = []
-        for width in self.matryoshka_dims or (texts.shape[-1],):
+        for width in self._widths(texts.shape[-1]):
             scores = _cosines(texts[..., :width], others[..., :width]) / self.temperature  # (K, T, C)
             scores = scores.masked_fill(teacher == _NEVER, _NEVER).log_softmax(dim=-1)
             told = teacher.expand_as(scores)
             losses.append(F.kl_div(scores, told, reduction="none", log_target=True).sum(dim=-1).mean(dim=1))
         return torch.stack(losses).mean(dim=0)
+
+    def _widths(self, whole: int) -> list[int]:
+        """The widths that embeddings are compared at."""
+        if (widest := max(self.matryoshka_dims or (0,))) > whole:
+            raise UsageError(f"matryoshka_dims: vectors of {whole} dimensions cannot be cut to {widest}")
+        return sorted({whole, *(self.matryoshka_dims or ())})
 
     def allowed_candidates(self, columns: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Which candidates stand in a row's softmax, (B, C) bool, as `gircse.losses.candidates` says it.

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from gircse.checkpoint import INSTRUCTION_TEMPLATE
 from gircse.errors import GircseError, MissingExtraError
+from gircse.losses.candidates import KNOWN_KEYS
 from gircse.model import DEFAULT_INSTRUCTION
 from gircse.train.answers import ANSWER_COLUMN, QUERIES_FORM, make_answers
 from gircse.train.recipe import Recipe, Source
-from gircse.train.same_texts import TEXT_KEYS, key_of_text
+from gircse.train.same_texts import KEY_COLUMNS, PLAIN_KEYS, TEXT_KEYS, key_of_text
 from gircse.train.sources import is_first_local_process, usable_rows
 from gircse.train.teacher import Teacher
 
@@ -35,18 +36,20 @@ except ImportError as error:
 logger = logging.getLogger("gircse.train")
 
 
-def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> DatasetDict:
+def load_training_data(recipe: Recipe, teacher: Teacher | None = None, *, tokenizer: Any = None) -> DatasetDict:
     """One data set a source, or, with `by_task`, a task of it, so that every batch holds one.
 
     Columns are ``anchor``, ``positive`` and ``negative_1``..., and last ``answer_to_spell`` where the source has
-    answers; instructions are already in the texts. Where they have several wordings, ``text_keys`` says which texts
-    are the same but for these. The rows and their order depend on the files and the seed alone.
+    answers; instructions are already in the texts. ``plain_keys`` says which texts are the same but for these,
+    ``known_keys`` which are no negatives of a row, and ``text_keys`` where instructions have several wordings which
+    texts are the same under another one. The rows and their order depend on the files and the seed alone.
 
     Args:
         recipe: Says which rows.
         teacher: Its embeddings of each row's texts, without instructions, become the column ``label``,
             (columns, width), of the sources that it has a say in. Where a source has a `class_field`, the column is
             the number of the row's class; with ``facet: form`` it has the numbers of the forms of the row's texts.
+        tokenizer: Where given, instructions are refused that leave no room for a text.
 
     Raises:
         InputDataError: A bad line.
@@ -62,14 +65,17 @@ def load_training_data(recipe: Recipe, teacher: Teacher | None = None) -> Datase
         if source.name in result:
             raise GircseError(f"data.sources: the rows of {source.name} are in two sources; name each task once")
         if count:
-            result[source.name] = _data_set(recipe, source, rows, count, teacher)
+            result[source.name] = _data_set(recipe, source, rows, count, teacher, tokenizer)
+        elif is_first_local_process():
+            unit = recipe.training.batch_size
+            logger.warning("%s: left out: its share of data.examples is less than a batch of %d", source.name, unit)
         bar.update(count)
     bar.close()
     return result
 
 
 def _data_set(
-    recipe: Recipe, source: Source, rows: list[dict[str, Any]], count: int, teacher: Teacher | None
+    recipe: Recipe, source: Source, rows: list[dict[str, Any]], count: int, teacher: Teacher | None, tokenizer: Any
 ) -> Dataset:
     """So many of a source's rows, drawn and laid out in columns."""
     if len(rows) * source.repeats < count:
@@ -87,11 +93,20 @@ def _data_set(
         texts, forms = _facet_texts(drawn, source, rows, generator)
     usual = recipe.query_instruction or DEFAULT_INSTRUCTION
     instructions = [_instruction(row, source, usual, generator) for row in drawn]
+    if tokenizer is not None:
+        _check_room(recipe, source, set(instructions), tokenizer)
     prompted = [_prompted(own, source, asked) for own, asked in zip(texts, instructions, strict=True)]
     columns: dict[str, Any] = dict(zip(_names(len(texts[0])), map(list, zip(*prompted, strict=True)), strict=True))
     features: dict[str, Any] = dict.fromkeys(columns, Value("string"))
     if answers := make_answers(drawn, source, texts, forms, generator):
         columns[ANSWER_COLUMN], features[ANSWER_COLUMN] = answers, Value("string")
+    columns[PLAIN_KEYS] = [[key_of_text(text) for text in own] for own in texts]
+    # Of a facet the row's other texts may be its negatives.
+    answering = [row["pos"] if source.facet is None else own[1:2] for row, own in zip(drawn, texts, strict=True)]
+    columns[KNOWN_KEYS] = [
+        [key_of_text(text) for text in (own[0], *known)] for own, known in zip(texts, answering, strict=True)
+    ]
+    features[PLAIN_KEYS] = features[KNOWN_KEYS] = List(Value("int64"))
     if isinstance(source.instruction, list):  # keys are those of the texts under the first wording
         one = source.instruction[0]
         columns[TEXT_KEYS] = [[key_of_text(text) for text in _prompted(own, source, one)] for own in texts]
@@ -249,6 +264,22 @@ def _instruction(row: dict[str, Any], source: Source, usual: str, generator: ran
     return instruction if isinstance(instruction, str) else generator.choice(instruction)
 
 
+def _check_room(recipe: Recipe, source: Source, instructions: set[str], tokenizer: Any) -> None:
+    """Refuse instructions that texts are cut behind: all texts would be the same, and no batch would have a negative.
+
+    Raises:
+        GircseError: One is as long as all that training reads.
+    """
+    limit = recipe.data.max_seq_length
+    for instruction in sorted(instructions):
+        length = len(tokenizer(INSTRUCTION_TEMPLATE.format(instruction=instruction), verbose=False).input_ids)
+        if length >= limit:
+            raise GircseError(
+                f"{source.name}: the instruction {instruction[:60]!r} alone takes {length} tokens, and "
+                f"data.max_seq_length is {limit}; shorten it or raise the latter"
+            )
+
+
 def _prompted(texts: list[str], source: Source, instruction: str) -> list[str]:
     """A row's texts with their prompts."""
     prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction)
@@ -259,6 +290,11 @@ def _prompted(texts: list[str], source: Source, instruction: str) -> list[str]:
 def _names(count: int) -> list[str]:
     """Of the columns of so many texts a row."""
     return ["anchor", "positive", *(f"negative_{index}" for index in range(1, count - 1))]
+
+
+def text_columns(rows: Dataset) -> list[str]:
+    """The columns of a data set that are embedded: anchor, positive and negatives."""
+    return [name for name in rows.column_names if name not in ("label", ANSWER_COLUMN, *KEY_COLUMNS)]
 
 
 def steps_an_epoch(recipe: Recipe, examples: Mapping[str, int], processes: int = 1) -> int:

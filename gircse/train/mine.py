@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -113,6 +114,9 @@ def mine_file(
         "search_depth": search_depth,
         "margin": margin,
     }
+    if unknown := sorted(symmetric_tasks - {row["task"] for row in rows}):
+        near = get_close_matches(unknown[0], {row["task"] for row in rows}, n=1)
+        raise UsageError(f"{source} has no task {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     parts = MinedParts(
         output,
         {"rows": _checksum(rows), "model": model_name, "symmetric": sorted(symmetric_tasks), **options},
@@ -227,7 +231,7 @@ def _mine(
         range_min=skip_top,
         range_max=depth,
         relative_margin=margin,
-        num_negatives=min(negatives, depth - skip_top),
+        num_negatives=min(negatives + 1, depth - skip_top),  # one may be the query itself
         sampling_strategy="top",
         query_prompt=query_prompt,
         corpus_prompt=corpus_prompt,
@@ -239,9 +243,9 @@ def _mine(
         texts = by_query.setdefault(row["query"], [])
         if row["negative"] not in texts:
             texts.append(row["negative"])
-    answers: dict[str, set[str]] = {}
+    answers = {row["query"]: {row["query"]} for row in rows}  # nor is what it says itself a negative of a query
     for row in rows:  # rows that ask the same: an answer to one is no negative of the other
-        answers.setdefault(row["query"], set()).update(row["pos"])
+        answers[row["query"]].update(row["pos"])
     return [
         [text for text in by_query.get(row["query"], []) if text not in answers[row["query"]]][:negatives]
         for row in rows

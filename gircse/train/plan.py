@@ -20,14 +20,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gircse.backbones import resolve_backbone
+from gircse.decoders import Decoder
 from gircse.errors import GircseError
 from gircse.fast.packed_weights import SHARE_OF_MEMORY, PackedWeights, packing_library
 from gircse.hardware import free_memory
 from gircse.other_models import MINILM, is_on_hub, minilm_folder
-from gircse.train.answers import ANSWER_COLUMN
-from gircse.train.data import load_training_data, steps_an_epoch
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers
-from gircse.train.same_texts import TEXT_KEYS
+from gircse.train.data import load_training_data, steps_an_epoch, text_columns
+from gircse.train.recipe import (
+    Recipe,
+    check_positions,
+    check_trackers,
+    check_widths,
+    chosen_trackers,
+    largest_num_steps,
+)
 from gircse.train.start import check_saved_model, saved_model
 
 SAMPLE = 500
@@ -179,12 +185,20 @@ def _describe_evaluation(recipe: Recipe) -> dict[str, Any]:
 
 def _find_backbone(recipe: Recipe) -> Path:
     path = resolve_backbone(recipe.backbone).path
-    check_widths(recipe, AutoConfig.from_pretrained(path).hidden_size)
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        decoder = Decoder.from_model(AutoModelForCausalLM.from_config(config))
+    check_widths(recipe, config.hidden_size)
+    check_positions(recipe, decoder.max_positions)
     return path
 
 
 def _find_data(recipe: Recipe) -> Any:
-    data = load_training_data(recipe)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(recipe.backbone).path)
+    except (GircseError, OSError, ValueError):
+        tokenizer = None  # which is told of as the backbone's
+    data = load_training_data(recipe, tokenizer=tokenizer)
     _steps_an_epoch(recipe, data)
     return data
 
@@ -215,7 +229,7 @@ def _measure_lengths(recipe: Recipe, place: Path, data: Any) -> list[_SourceLeng
     tokenizer = AutoTokenizer.from_pretrained(place)
     sources = []
     for rows in data.values():
-        sample, columns = rows[:SAMPLE], _text_columns(rows)
+        sample, columns = rows[:SAMPLE], text_columns(rows)
         lengths = [len(ids) for name in columns for ids in tokenizer(sample[name], verbose=False).input_ids]
         cut = [min(length, recipe.data.max_seq_length) for length in lengths]
         sources.append(_SourceLengths(len(rows), len(columns), lengths, cut))
@@ -297,7 +311,7 @@ def _packs_weights(recipe: Recipe) -> bool:
         and library is not None
         and PackedWeights().enabled
         and recipe.lora is not None
-        and (_bounds_of_steps(recipe)[1] > 0 or library.most == sys.maxsize)
+        and (largest_num_steps(recipe) > 0 or library.most == sys.maxsize)
     )
 
 
@@ -307,12 +321,8 @@ def _kept_bytes(recipe: Recipe, source: _SourceLengths, of_a_token: int, vocabul
     """
     texts = source.columns * recipe.training.batch_size
     texts = min(recipe.training.micro_batch_size or texts, texts)
-    most = _bounds_of_steps(recipe)[1]
+    most = largest_num_steps(recipe)
     return texts * ((max(source.cut) + most) * of_a_token + most * vocabulary * 3 * 4)
-
-
-def _text_columns(rows: Any) -> list[str]:
-    return [name for name in rows.column_names if name not in ("label", ANSWER_COLUMN, TEXT_KEYS)]
 
 
 def step_flops(tokens: float, num_steps: float, layers: int, head: int, *, frozen: bool) -> float:

@@ -62,7 +62,9 @@ class LossSection(Section):
     false_negative_margin: float | None = Field(
         default=None, description="leave out negatives closer to the anchor than the positive by more than this"
     )
-    matryoshka_dims: list[int] | None = Field(default=None, min_length=1, description="widths that must work alone")
+    matryoshka_dims: list[int] | None = Field(
+        default=None, min_length=1, description="widths that must work alone, besides the whole one"
+    )
     teacher: str | None = Field(
         default=None,
         description="a SentenceTransformer whose similarities are taught too: folder, hub id, known name",
@@ -320,6 +322,29 @@ def check_widths(recipe: Recipe, dimensions: int) -> None:
         raise GircseError(
             f"loss.matryoshka_dims: vectors of {recipe.backbone} have {dimensions} dimensions and cannot be cut to "
             f"{widest}; name widths up to {dimensions}"
+        )
+
+
+def largest_num_steps(recipe: Recipe) -> int:
+    """The largest K of a step."""
+    return max(recipe.training.random_steps or (recipe.model.num_steps,))
+
+
+def check_positions(recipe: Recipe, positions: int) -> None:
+    """See whether the longest text and its soft tokens have room; a step that lacks it would end the run.
+
+    Args:
+        recipe: The recipe.
+        positions: Of the backbone.
+
+    Raises:
+        GircseError: They have none.
+    """
+    longest, most = recipe.data.max_seq_length, largest_num_steps(recipe)
+    if longest + most > positions:
+        raise GircseError(
+            f"data.max_seq_length ({longest}) and the largest K ({most}) exceed the {positions} positions of "
+            f"{recipe.backbone}; lower one of them"
         )
 
 

@@ -5,6 +5,7 @@ Knows how the rooms are put together; the loop, checkpoints and schedules are th
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -36,7 +37,14 @@ from gircse.train.callbacks import (
 from gircse.train.data import SameSourceBatches, load_training_data, steps_an_epoch
 from gircse.train.facts import check_facts, note_facts, start_facts, training_facts
 from gircse.train.fused_lora import fused_lora
-from gircse.train.recipe import Recipe, check_trackers, check_widths, chosen_trackers, warm_up_advice
+from gircse.train.recipe import (
+    Recipe,
+    check_positions,
+    check_trackers,
+    check_widths,
+    chosen_trackers,
+    warm_up_advice,
+)
 from gircse.train.same_texts import KeysBesideTexts
 from gircse.train.start import check_fit, saved_model
 from gircse.train.teacher import keep_vectors, load_teacher
@@ -82,6 +90,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     last = _last_checkpoint(checkpoints)
     if not resume and output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} holds an earlier run; continue it with --resume or choose another folder")
+    if last is None and (output / "gircse_config.json").is_file():
+        raise UsageError(
+            f"{output} holds a finished model and no checkpoint to go on from, and would be replaced; choose another "
+            "folder"
+        )
     check_trackers(recipe)
     torch.manual_seed(recipe.seed)  # LoRA's initial weights
     # At τ = 0.02 the softmax of easy negatives, and so their gradients, underflow to denormal numbers, which CPUs
@@ -96,7 +109,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, report: Report 
     teacher = None
     if (name := recipe.loss.teacher) is not None:
         teacher = keep_vectors(load_teacher(name), name, checkpoints / "teacher")
-    data = load_training_data(recipe, teacher)
+    data = load_training_data(recipe, teacher, tokenizer=model.tokenizer)
     del teacher  # and its memory
     model.encoder.training_facts = facts | {"examples": sum(len(rows) for rows in data.values())}
     model.max_seq_length = recipe.data.max_seq_length
@@ -178,9 +191,18 @@ def last_step(output: Path) -> int:
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:
-    """The last whole one: the trainer writes its state last, and a kill may have come before."""
+    """The last whole one: the trainer writes its state last, and a kill or a full disk may have come before."""
     found = sort_checkpoints(str(checkpoints)) if checkpoints.is_dir() else []
-    return next((path for path in reversed(found) if (Path(path) / "trainer_state.json").is_file()), None)
+    for path in reversed(found):
+        try:
+            json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            logger.warning("%s is damaged; the checkpoint before it counts", path)
+        else:
+            return path
+    return None
 
 
 class _Progress(ProgressCallback):
@@ -228,6 +250,7 @@ def make_model(recipe: Recipe) -> GIRCSE:
     """
     model = _untrained(recipe) if recipe.start_from is None else _trained_before(recipe, recipe.start_from)
     check_widths(recipe, model.encoder.get_embedding_dimension())
+    check_positions(recipe, model.encoder.decoder.max_positions)
     model.encoder.configure(**asdict(recipe.refinement()))
     model.prompts["query"] = model.format_instruction(recipe.query_instruction or DEFAULT_INSTRUCTION)
     return model

@@ -27,14 +27,16 @@ def source_path(folder: Path, source: Source) -> Path:
     """The file of a source.
 
     Raises:
-        GircseError: It is not there.
+        GircseError: It is not there, or there in two formats.
     """
     if source.file is None:
         raise UsageError(f"{source.hub} is on the hub, not a file")
-    for suffix in (".jsonl.zst", ".jsonl", ".parquet"):
-        path = folder / f"{source.file}{suffix}"
-        if path.is_file():
-            return path
+    paths = [folder / f"{source.file}{suffix}" for suffix in (".jsonl.zst", ".jsonl", ".parquet")]
+    found = [path for path in paths if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise GircseError(f"{found[0]} and {found[1].name} are both there; move away the one that is not meant")
     raise GircseError(
         f"{folder / source.file} is not there as .jsonl.zst, .jsonl or .parquet; name the data folder with --data"
     )
