@@ -6,7 +6,9 @@ paper (arXiv 2509.24291).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -76,6 +78,19 @@ CAUSAL = PromptReading()
 """The paper's."""
 
 
+_told_of_states: ContextVar[Callable[[int], None]] = ContextVar("told_of_states", default=lambda step: None)
+
+
+@contextmanager
+def told_of_states(function: Callable[[int], None]) -> Iterator[None]:
+    """Have a function called with k as soon as h_k of a batch is computed (on a GPU: asked for), without gradients."""
+    before = _told_of_states.set(function)
+    try:
+        yield
+    finally:
+        _told_of_states.reset(before)
+
+
 def refine(
     decoder: Decoder,
     input_ids: Tensor,
@@ -129,7 +144,7 @@ def refine(
     dtype = attention_dtype(decoder.transformer, table)
     if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
         graphs = None
-    chain = GradientChain(soft_token_gradients)
+    chain, tell = GradientChain(soft_token_gradients), _told_of_states.get()
     if num_steps and graphs is None and takes_groups(decoder):
         if not (decoder.transformer.training or torch.is_grad_enabled()):
             return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype, reading)
@@ -141,6 +156,7 @@ def refine(
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
     prefixes = _run_prefixes(decoder, prompts)
     first, caches = _run_prompts(decoder, prompts, prefixes, joined, reading, keep=num_steps > 0)
+    tell(0)
     if num_steps == 0:
         return _restore(first.unsqueeze(1), order)  # (B, 1, d)
 
@@ -149,7 +165,8 @@ def refine(
         own = {"length": longest, "num_steps": num_steps, "temperature": temperature, "detach": chain.detached}
         if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
             cache = join_caches(caches, longest, room=0, dtype=dtype)
-            written = graphs.write(steps, first, mask, cache_tensors(cache), num_steps=num_steps, chain=chain)
+            own_cache = cache_tensors(cache)
+            written = graphs.write(steps, first, mask, own_cache, num_steps=num_steps, chain=chain, tell=tell)
             return _restore(torch.stack([first, *written], dim=1), order)
     cache = joined.cache() if joined else join_caches(caches, longest, room=num_steps, dtype=dtype)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
@@ -177,6 +194,7 @@ def refine(
             use_cache=True,
         )
         states.append(chain.written(out.last_hidden_state[:, -1]))
+        tell(step + 1)
     states = [F.pad(state, (0, 0, 0, len(order) - len(state))) for state in states]
     return _restore(torch.stack(states, dim=1), order)
 
@@ -204,6 +222,8 @@ def _refine_in_groups(
     rows = torch.tensor([row for members in order for row in members])
     states = state.new_zeros(len(rows), num_steps + 1, state.shape[1])
     states[rows, 0] = state
+    tell = _told_of_states.get()
+    tell(0)
     for step in range(num_steps):
         counts = [sum(own_steps[row] > step for row in members) for members in order]
         if sum(counts) < len(rows):
@@ -211,6 +231,7 @@ def _refine_in_groups(
             rows, state = rows[kept], state[kept]
         state = steps.next_states(decoder.vocabulary.soft_token(state, temperature, compiled=True))
         states[rows, step + 1] = state
+        tell(step + 1)
     return states
 
 

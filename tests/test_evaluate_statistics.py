@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
+from gircse import refiner
 from gircse.errors import UsageError
 from gircse.evaluate.cost import TransformerSize, step_clock, transformer_size
 from gircse.evaluate.perturb import DESCRIPTIONS, perturb
@@ -117,10 +118,25 @@ def test_size_and_clock_of_a_model(model: GIRCSE) -> None:
     assert (size.layers, size.attention_width, size.width, size.causal) == (2, 32, 32, True)
     everything = sum(p.numel() for p in model.encoder.backbone.parameters())
     assert 0 < size.parameters < everything
-    with step_clock(model, 3) as clock:
-        model.encode_states(["one text", "and another one"], num_steps=3)
-    assert clock[0] > 0
-    assert np.all(np.diff(clock) > 0)  # every further step takes time
-    before = clock.copy()
-    model.encode_states(["no clock any more"], num_steps=3)
-    assert np.array_equal(clock, before)
+    for trained in (False, True):  # by groups of rows, and by the plain loop
+        model.encoder.backbone.requires_grad_(trained)
+        with step_clock(model, 3) as clock:
+            model.encode_states(["one text", "and another one"], num_steps=3)
+        assert clock[0] > 0
+        assert np.all(np.diff(clock) > 0)  # every further step takes time
+        before = clock.copy()
+        model.encode_states(["no clock any more"], num_steps=3)
+        assert np.array_equal(clock, before)
+
+
+def test_the_clock_leaves_the_layers_to_what_makes_them_fast(model: GIRCSE, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    own = refiner.takes_groups
+    monkeypatch.setattr(refiner, "takes_groups", lambda decoder: taken.append(own(decoder)) or taken[-1])
+    model.encode_states(["one text"], num_steps=2)
+    without = list(taken)
+    with step_clock(model, 2) as clock:
+        model.encode_states(["one text"], num_steps=2)
+    assert without
+    assert taken == without * 2
+    assert np.all(clock > 0)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gircse.refiner import told_of_states
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -93,7 +95,7 @@ def step_clock(model: GIRCSE, num_steps: int) -> Iterator[np.ndarray]:
     """
     seconds = np.zeros(num_steps + 1)
     cuda = model.device.type == "cuda"
-    state = {"start": 0.0, "step": 0, "prompt": 0.0}
+    started = 0.0
 
     def now() -> float:
         if cuda:
@@ -101,27 +103,16 @@ def step_clock(model: GIRCSE, num_steps: int) -> Iterator[np.ndarray]:
         return time.perf_counter()
 
     def begin(*_: Any) -> None:
-        state.update(start=now(), step=0)
+        nonlocal started
+        started = now()
 
-    def passed(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        elapsed = now() - state["start"]
-        if kwargs.get("inputs_embeds") is None:
-            state["prompt"] = elapsed
-        elif state["step"] < num_steps:
-            state["step"] += 1
-            seconds[int(state["step"])] += elapsed
+    def reached(step: int) -> None:
+        seconds[step] += now() - started
 
-    def end(*_: Any) -> None:
-        seconds[0] += state["prompt"]
-
-    encoder = model.encoder
-    hooks = [
-        encoder.register_forward_pre_hook(begin),
-        encoder.decoder.transformer.register_forward_hook(passed, with_kwargs=True),
-        encoder.register_forward_hook(end),
-    ]
+    # A hook of the layers would have them run without what makes them fast; this one is of the module around them.
+    hook = model.encoder.register_forward_pre_hook(begin)
     try:
-        yield seconds
+        with told_of_states(reached):
+            yield seconds
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()

@@ -153,6 +153,7 @@ class StepGraphs:
         *,
         num_steps: int,
         chain: GradientChain,
+        tell: Callable[[int], None],
     ) -> list[Tensor]:
         """The states of K soft tokens. Differentiable; the backward pass of one call must come before the next call.
 
@@ -163,6 +164,7 @@ class StepGraphs:
             cache: Keys and values of every layer, (B, heads, N, head_dim) each.
             num_steps: K.
             chain: Where gradients go between the states.
+            tell: Called with k when h_k has been asked for.
 
         Returns:
             K tensors, (B, d).
@@ -180,6 +182,7 @@ class StepGraphs:
                 last = chain.source(states[-1])
                 state = _Step.apply(last, steps, place) if steps.trained else steps.forward(last, place)
                 states.append(chain.written(state))
+                tell(place - length + 1)
         return states[1:]
 
     def _record(
