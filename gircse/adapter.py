@@ -36,6 +36,11 @@ def lora_layers(backbone: nn.Module) -> list[LoraLayer]:
     return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a backbone's parameter is its adapter's: of LoRA layers, or of modules that are saved whole."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
 def _weight(layer: LoraLayer) -> Tensor:
     """The weight under a LoRA layer, (out, in)."""
     return cast(Tensor, layer.get_base_layer().weight)

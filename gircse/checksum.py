@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gircse.adapter import is_of_adapter
+
 if TYPE_CHECKING:
     from gircse.encoder import GenerativeEncoder
 
@@ -26,7 +28,7 @@ def vectors_checksum(encoder: GenerativeEncoder) -> str:
         facts.append(refinement.attention)
     digest = sha256(json.dumps(facts).encode())
     for name, parameter in sorted(encoder.backbone.named_parameters()):
-        if weights == "full" or (weights == "adapter" and "lora_" in name):
+        if weights == "full" or (weights == "adapter" and is_of_adapter(name)):
             rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8)
             digest.update(name.encode() + rounded.numpy().tobytes())
     return digest.hexdigest()

@@ -71,8 +71,10 @@ class Corpus:
         """Cut the corpus into shards of `shard_size` lines or rows."""
         with self.open() as stream:
             try:
-                cut = _cut_parquet if self.input_format == "parquet" else _cut_lines
-                return list(cut(stream, shard_size))
+                if self.input_format == "parquet":
+                    return list(_cut_parquet(stream, shard_size))
+                json_lines = self.input_format == "jsonl"
+                return list(_cut_lines(stream, shard_size, blank_lines_say_nothing=json_lines))
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise InputDataError(self.source, None, f"cannot be read ({reason}); is it whole?") from error
@@ -393,15 +395,16 @@ def connect(address: str) -> Any:
     return ray
 
 
-def _cut_lines(stream: BinaryIO, shard_size: int) -> Iterator[ShardRange]:
+def _cut_lines(stream: BinaryIO, shard_size: int, *, blank_lines_say_nothing: bool) -> Iterator[ShardRange]:
     index, start, stop, first, lines, digest = 0, 0, 0, 0, 0, sha256()
     for line in stream:
+        # Blank lines at the end of a file are common: they stay with the rows before, and make no shard without rows.
+        if lines - first >= shard_size and (line.strip() or not blank_lines_say_nothing):
+            yield ShardRange(index, start, stop, first, digest.hexdigest())
+            index, start, first, digest = index + 1, stop, lines, sha256()
         digest.update(line)
         stop += len(line)
         lines += 1
-        if lines - first == shard_size:
-            yield ShardRange(index, start, stop, first, digest.hexdigest())
-            index, start, first, digest = index + 1, stop, lines, sha256()
     if lines > first:
         yield ShardRange(index, start, stop, first, digest.hexdigest())
 

@@ -26,6 +26,7 @@ from gircse.adapter import (
     can_fold,
     check_lora,
     fold,
+    is_of_adapter,
     keep_state_dicts_unfolded,
     lora_layers,
     narrow,
@@ -199,7 +200,7 @@ class GenerativeEncoder(InputModule):
         if self.frozen:
             raise UsageError("packed and 8-bit weights cannot be trained; load the model again")
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not self.has_adapter or "lora_" in name)
+            parameter.requires_grad_(not self.has_adapter or is_of_adapter(name))
 
     @property
     def weights_dtype(self) -> str:
@@ -461,11 +462,11 @@ class GenerativeEncoder(InputModule):
             backbone = load_causal_lm(folder, **options)
         else:
             backbone = load_causal_lm(_verified_backbone(place, checkpoint.backbone), **options)
-            backbone.requires_grad_(False)
         if checkpoint.weights == "adapter":
             backbone.load_adapter(os.fspath(folder))
             if backbone.dtype != torch.float32:
                 widen(backbone, folder)
+        backbone.requires_grad_(checkpoint.weights == "full")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         made = cls(backbone, tokenizer, checkpoint.backbone, checkpoint.refinement, checkpoint.training)
         made._changed_whole = checkpoint.weights == "full"

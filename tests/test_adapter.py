@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from gircse import GIRCSE
 from gircse import encoder as encoder_module
 from gircse.adapter import adapter_off, lora_layers
+from gircse.checksum import vectors_checksum
 from gircse.errors import UsageError
 from gircse.losses import CachedICRLoss, ICRLoss
 from gircse.train.fused_lora import fused_lora
@@ -338,3 +339,22 @@ def test_adapters_that_would_be_saved_in_part_are_refused(backbone: Path, wrong:
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **wrong)
     with pytest.raises(UsageError, match=f"LoRA's {next(iter(wrong))} is not supported"):
         GIRCSE.from_backbone(str(backbone), lora=lora, device="cpu")
+
+
+def test_modules_that_are_saved_whole_are_the_adapter_s_too(backbone: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=False)
+    model = GIRCSE.from_backbone(str(backbone), num_steps=2, lora=lora, device="cpu")
+    name, norm = next(own for own in model.encoder.backbone.named_parameters() if ".modules_to_save." in own[0])
+    before = vectors_checksum(model.encoder)
+    with torch.no_grad():
+        norm.mul_(2)
+    assert vectors_checksum(model.encoder) != before, "its vectors are others"
+    model.save_pretrained(str(tmp_path))
+    loaded = GIRCSE(str(tmp_path), device="cpu")
+    assert vectors_checksum(loaded.encoder) == vectors_checksum(model.encoder)
+    torch.testing.assert_close(
+        torch.tensor(loaded.encode(TEXTS)), torch.tensor(model.encode(TEXTS)), rtol=1e-3, atol=1e-4
+    )
+    assert not any(own.requires_grad for own in loaded.encoder.backbone.parameters())
+    loaded.encoder.unfreeze()
+    assert loaded.encoder.backbone.get_parameter(name).requires_grad

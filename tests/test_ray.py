@@ -76,6 +76,18 @@ def test_shards_hold_every_row_once(form: Any, with_ids: bool, corpus: Path, tmp
     assert rows == list(CorpusReader(str(source), id_column=id_column))
 
 
+def test_blank_lines_at_the_end_make_no_shard(tmp_path: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"text": "a"}\n' * 32 + "\n \n")
+    whole = Corpus(str(source), "jsonl")
+    shards = whole.plan(16)
+    assert [len(list(ShardReader(whole, shard))) for shard in shards] == [16, 16]
+    source.write_text('{"text": "a"}\n' * 16 + "\n" + '{"text": "a"}\n' * 16)
+    with pytest.raises(InputDataError, match=r"corpus\.jsonl:17: .*blank"):
+        [list(ShardReader(whole, shard)) for shard in whole.plan(16)]
+    assert [shard.first for shard in Corpus(str(source), "txt").plan(16)] == [0, 16, 32], "of text they are rows"
+
+
 def test_a_bad_row_is_named_by_its_place_in_the_corpus(tmp_path: Path) -> None:
     source = tmp_path / "bad.jsonl"
     lines = ['{"text": "fine"}'] * 40

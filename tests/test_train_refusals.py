@@ -11,6 +11,7 @@ import pytest
 from transformers import MambaConfig
 
 from gircse.errors import GircseError, UsageError
+from gircse.model import GIRCSE
 from gircse.train.data import load_training_data
 from gircse.train.plan import try_recipe
 from gircse.train.recipe import load_recipe
@@ -66,6 +67,9 @@ def test_a_source_without_a_share_is_told_of(
 def test_resuming_does_not_replace_a_finished_model(tmp_path: Path, content: dict[str, Any]) -> None:
     recipe = load_recipe(write(tmp_path, content))
     train(recipe, tmp_path / "out")
+    assert recipe.data.max_seq_length < recipe.model.max_seq_length
+    for place in (tmp_path / "out", next((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))):
+        assert GIRCSE(str(place), device="cpu").max_seq_length == recipe.model.max_seq_length
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     with pytest.raises(UsageError, match="holds a finished model and no checkpoint"):
         train(recipe, tmp_path / "out", resume=True)

@@ -152,11 +152,8 @@ def _call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
 
 def _check(first: Tensor, *others: Tensor) -> None:
     """The kernels read memory, whatever it is."""
-    dtype = first.dtype
-    assert first.is_contiguous()
-    for x in others:
-        assert x.is_contiguous()
-        assert x.dtype == dtype
+    if not all(x.is_contiguous() and x.dtype == first.dtype for x in (first, *others)):
+        raise ValueError("kernels take contiguous tensors of one dtype")
 
 
 def attend(
@@ -186,7 +183,8 @@ def attend(
     """
     keys, values = cache
     batch, shared, capacity, width = keys.shape
-    assert length < capacity, "more positions than the cache was made for"
+    if length >= capacity:
+        raise ValueError("more positions than the cache was made for")
     first, second = prefix or (keys[0, :, :0], values[0, :, :0])
     parts = (query, key, value, keys, values, starts, first, second)
     _check(query, key, value, keys, values)

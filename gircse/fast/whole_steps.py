@@ -186,7 +186,8 @@ class WholeStep:
         out = torch.empty_like(tokens)
         for made, group in zip(self._described, self._groups, strict=True):
             capacity = group.cache[0][0].shape[2]
-            assert group.length < capacity, "more positions than the cache was made for"
+            if group.length >= capacity:
+                raise ValueError("more positions than the cache was made for")
             made.starts, made.rows, made.capacity = group.starts.data_ptr(), group.rows, capacity
             made.length, made.prefix = group.length, group.prefix[0][0].shape[1] if group.prefix else 0
             group.length += 1

@@ -165,6 +165,7 @@ def _make_trainer(
         evaluator=evaluator,
         callbacks=[*in_logs, OwnIntervals(), SaveEvaluated()],
     )
+    trainer.max_seq_length = recipe.model.max_seq_length
     trainer.remove_callback(ProgressCallback)  # it writes the losses to standard output, where results belong
     trainer.add_callback(_Progress())
     if bounds := recipe.training.random_steps:
@@ -218,10 +219,17 @@ class _Trainer(SentenceTransformerTrainer):
     """The trainer, whose evaluations do not change the random numbers of training."""
 
     data_collator_class = KeysBesideTexts
+    max_seq_length: int  # of a saved model; training may cut texts earlier
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        if self.args.should_save:  # as in transformers' trainer: else all processes would write the same files at once
+        if not self.args.should_save:  # as in transformers' trainer: else all processes would write the same files
+            return
+        model: Any = self.model
+        trained, model.max_seq_length = model.max_seq_length, self.max_seq_length
+        try:
             super()._save(*args, **kwargs)
+        finally:
+            model.max_seq_length = trained
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with random_state_kept():  # even an empty data loader draws from them
