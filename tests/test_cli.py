@@ -133,8 +133,8 @@ def test_demo_tells_what_it_computed(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(facts["questions"]) == 5
     assert sum(question["ranks"]["5"] <= 3 for question in facts["questions"]) >= 3, "the shipped model finds answers"
     topic, language = facts["facets"]["topic"], facts["facets"]["language"]
-    assert all(0 <= share <= 1 for shares in (topic, language) for share in shares.values())
-    assert topic != language, "an instruction changes who is whose neighbour"
+    assert topic["topic"] > language["topic"] + 0.1, "each instruction finds what it asks for better than the other"
+    assert language["language"] > topic["language"] + 0.1
     assert facts["answer"]["text"] in " ".join(err.split()), "what was written is what is told"
     assert "en-193" in facts["answer"]["cited"], "the answer cites the passage that answers"
     for text in ("coldest place", "soft tokens", "gircse embed"):

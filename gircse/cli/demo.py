@@ -30,10 +30,10 @@ QUESTIONS = {
 ASKED = "Which organ pumps blood through the body?"
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 FACETS = {
-    "topic": "Represent the sentence by its topic, such as sports, politics, health or travel",
-    "language": "Represent the sentence by the language it is written in, such as English, French or German",
+    "topic": "Identify the topic of the sentence",
+    "language": "Identify the language of the sentence",
 }
-STEERED = ("sports", "politics", "health", "travel")  # the topics that the instruction names
+CLASSES = {"topic": ("sports", "politics", "health", "travel"), "language": ("French", "German", "Spanish")}
 STEPS = (1, 5)
 
 
@@ -128,23 +128,25 @@ def _ask(
 
 
 def _steer(model: GIRCSE, corpus: Sequence[dict[str, str]], console: Console) -> dict[str, dict[str, float]]:
-    """Embed multilingual sentences under two instructions; count whose nearest neighbour is alike in what."""
-    foreign = [passage for passage in corpus if passage["language"] != "English" and passage["topic"] in STEERED]
-    table = Table(
-        "instruction", *(f"nearest neighbour of the same {facet}" for facet in FACETS), box=None, pad_edge=False
-    )
+    """Sort the same sentences by their nearest class name, under two instructions: shares of right classes."""
+    from gircse.groups.classify import Classifier
+
+    chosen = [own for own in corpus if all(own[facet] in names for facet, names in CLASSES.items())]
+    texts = [own["text"] for own in chosen]
+    counts = {facet: f"{len(names)} {facet}s" for facet, names in CLASSES.items()}
+    table = Table("instruction", *(f"right among {count}" for count in counts.values()), box=None, pad_edge=False)
     shares: dict[str, dict[str, float]] = {}
     for facet, instruction in FACETS.items():
-        vectors = model.encode_query([passage["text"] for passage in foreign], instruction=instruction)
-        scores = model.similarity(vectors, vectors).fill_diagonal_(-2)
-        nearest = scores.argmax(dim=1).tolist()
-        shares[facet] = {
-            other: sum(foreign[i][other] == foreign[j][other] for i, j in enumerate(nearest)) / len(foreign)
-            for other in FACETS
-        }
-        table.add_row(instruction, *(f"{shares[facet][other]:.0%}" for other in FACETS))
+        shares[facet] = {}
+        for other, names in CLASSES.items():
+            assigned = Classifier.from_labels(model, names, instruction=instruction)(texts)
+            right = sum(found.label == own[other] for found, own in zip(assigned, chosen, strict=True))
+            shares[facet][other] = right / len(chosen)
+        table.add_row(instruction, *(f"{share:.0%}" for share in shares[facet].values()))
+    chance = " and ".join(f"{1 / len(names):.0%}" for names in CLASSES.values())
     console.print(
-        f"{len(foreign)} of the sentences: French, German and Spanish, {len(STEERED)} topics in equal parts:\n"
+        f"{len(chosen)} of the sentences, {' and '.join(counts.values())} in equal parts, sorted by the names of the "
+        f"classes alone; chance is {chance}:\n"
     )
     console.print(table, "")
     return shares
