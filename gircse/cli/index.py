@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,13 +28,10 @@ from gircse.cli.common import (
     stderr,
 )
 from gircse.embed import InputFormat
-from gircse.errors import UsageError
 from gircse.search import DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW, TEXT_LANGUAGES
 
 if TYPE_CHECKING:
-    from gircse.model import GIRCSE
     from gircse.search.index import IndexProgress, IndexSummary
-    from gircse.search.manifest import IndexSettings
 
 _LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -72,6 +68,9 @@ def index(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make the index anew instead of bringing it in step.")
     ] = False,
+    keep_others: Annotated[
+        bool, typer.Option("--keep-others", help="Keep documents that are not in CORPUS: add to the index.")
+    ] = False,
     model: ModelOption = None,
     instruction: Annotated[
         str | None, typer.Option(help="Of the documents; the model's document prompt (none) where not given.")
@@ -99,19 +98,19 @@ def index(
 
       gircse index articles.jsonl -o articles.index --id-column id
       gircse index articles.jsonl -o articles.index              after articles.jsonl has changed
+      gircse index today.jsonl -o articles.index --keep-others   adds to it
       gircse index notes.txt -o notes.index --num-steps 1
     """
     from gircse.embed.reader import CorpusReader
-    from gircse.search.chunks import check_sizes
     from gircse.search.corpus import DocumentCorpus
     from gircse.search.index import check_folder, index_corpus
     from gircse.search.manifest import Manifest, text_language_named
+    from gircse.search.settings import choose_settings, chunk_sizes
 
     check_folder(output)
     made = None if overwrite else Manifest.find(output)
     had = made.settings if made else None
-    sizes = _chunk_sizes(had, chunk_tokens, chunk_overlap)
-    check_sizes(*sizes)
+    chunk_sizes(had, chunk_tokens, chunk_overlap)  # refused before the model loads
     language = text_language_named(text_language) if text_language is not None else None
     text_column = column or (had.column if had else "text")
     ids = id_column or (had.id_column if had else None)
@@ -119,13 +118,14 @@ def index(
     documents.reader.peek()
     with _interruptible(output, overwrite):
         encoder = load_model(model or (had.model if had else None), device=device, dtype=dtype, quantize=quantize)
-        settings = _settings(
+        settings = choose_settings(
             encoder,
             had,
-            model=model,
+            model_name=model,
             instruction=instruction,
             num_steps=num_steps,
-            sizes=sizes,
+            chunk_tokens=chunk_tokens,
+            chunk_overlap=chunk_overlap,
             text_language=language,
             column=text_column,
             id_column=ids,
@@ -139,6 +139,7 @@ def index(
                 exact_below=exact_below,
                 batch_tokens=batch_tokens,
                 overwrite=overwrite,
+                keep_others=keep_others,
                 on_progress=display.update,
             )
     _print_closing_words(summary, str(documents.reader.bad))
@@ -160,57 +161,6 @@ def _interruptible(output: Path, overwrite: bool) -> Iterator[None]:
         what = f"what is done is kept in {output}: {command} goes on" if kept else "nothing was done yet"
         stderr.print(f"stopped; {what}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-
-
-def _chunk_sizes(had: IndexSettings | None, tokens: int | None, overlap: int | None) -> tuple[int, int]:
-    """Longest chunk and overlap: what was asked for; else what the index was made with; else the defaults."""
-    longest = tokens or (had.chunk_tokens if had else DEFAULT_CHUNK_TOKENS)
-    if overlap is None:
-        overlap = had.chunk_overlap if had else longest // 8
-    return longest, overlap
-
-
-def _settings(
-    encoder: GIRCSE,
-    had: IndexSettings | None,
-    *,
-    model: str | None,
-    instruction: str | None,
-    num_steps: int | None,
-    sizes: tuple[int, int],
-    text_language: str | None,
-    column: str,
-    id_column: str | None,
-) -> IndexSettings:
-    """What was asked for; else what the index was made with; else the defaults."""
-    from gircse.checksum import vectors_checksum
-    from gircse.search.manifest import IndexSettings
-
-    prompt = encoder.prompts.get("document") or ""
-    fresh = IndexSettings(
-        model=os.path.abspath(model) if model is not None and Path(model).is_dir() else model,
-        model_checksum=vectors_checksum(encoder.encoder),
-        num_steps=encoder.num_steps,
-        document_prompt=prompt,
-        dimension=encoder.get_embedding_dimension() or 0,
-    )
-    base = had or fresh
-    tokens, overlap = sizes
-    limit = encoder.encoder.max_seq_length
-    if tokens > limit:
-        raise UsageError(f"chunks of {tokens} tokens exceed the model's longest input of {limit}; lower --chunk-tokens")
-    return IndexSettings(
-        model=fresh.model if model is not None else base.model,
-        model_checksum=fresh.model_checksum,
-        num_steps=base.num_steps if num_steps is None else num_steps,
-        document_prompt=base.document_prompt if instruction is None else encoder.format_instruction(instruction),
-        dimension=fresh.dimension,
-        chunk_tokens=tokens,
-        chunk_overlap=overlap,
-        column=column,
-        id_column=id_column,
-        text_language=text_language or base.text_language,
-    )
 
 
 class _Display:

@@ -1,4 +1,4 @@
-"""The documents of a corpus file: text, id, and every other column as metadata.
+"""The documents of a corpus, in a file or in memory: text, id, and every other column as metadata.
 
 Knows what may be metadata; knows nothing of files (`gircse.embed.reader` does), chunks, models or tables.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, cast
+from io import BytesIO
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from gircse.embed.reader import CorpusReader
+from gircse.embed.reader import STDIN, CorpusReader
 from gircse.errors import InputDataError, UsageError
 
 MetadataType = Literal["bool", "int64", "double", "string"]
@@ -90,6 +92,36 @@ class DocumentCorpus:
                 raise InputDataError(self.reader.name, line, problem)
             metadata[name] = _scalar(value)
         return metadata
+
+
+class DocumentList(DocumentCorpus):
+    """Documents in memory: mappings with an ``id`` and a ``text``; all other keys are metadata.
+
+    Args:
+        documents: As JSON has them; dates and other things count as their text.
+    """
+
+    def __init__(self, documents: Iterable[Mapping[str, Any]]) -> None:
+        lines = (json.dumps(dict(document), default=_plain) + "\n" for document in documents)
+        self.reader = _LinesReader("".join(lines).encode())
+        self.reader.all_columns = True
+
+
+class _LinesReader(CorpusReader):
+    """Lines of JSON in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(STDIN, "jsonl", id_column="id", advice="mend it")
+        self.name, self._content = "documents", content
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        yield BytesIO(self._content)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no type for: NumPy's numbers as numbers, all else as text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
 
 
 def wider(a: MetadataType | None, b: MetadataType | None) -> MetadataType:

@@ -8,7 +8,7 @@ are done, and does the others. So to resume, to update and to repeat are the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,6 +104,7 @@ def index_corpus(
     exact_below: int | None = None,
     batch_tokens: int | None = None,
     overwrite: bool = False,
+    keep_others: bool = False,
     on_progress: Callable[[IndexProgress], None] | None = None,
 ) -> IndexSummary:
     """Make an index of a corpus, or bring one in step with it. Killed at any moment, the same call goes on.
@@ -117,6 +118,7 @@ def index_corpus(
             `gircse.search.DEFAULT_EXACT_BELOW`, where not given.
         batch_tokens: Padded tokens of a batch of the model.
         overwrite: Make the index anew instead of bringing it in step.
+        keep_others: Leave documents in the index that are not in the corpus, whose ids must be names then.
         on_progress: Called now and then.
 
     Raises:
@@ -126,11 +128,14 @@ def index_corpus(
     """
     started = time.monotonic()
     total, metadata = corpus.scan()
-    if not total:
+    if not total and not (keep_others and Manifest.find(folder)):
         raise InputDataError(corpus.reader.name, None, "holds no documents; an index of it would be empty")
     check_metadata_names(metadata)
     check_folder(folder)
+    if keep_others and settings.id_column is None:
+        raise UsageError("documents that are added need ids of their own, not row numbers; name their column")
     with files_in_words(folder), _locked(folder):
+        unfinished = keep_others and (before := Manifest.find(folder)) is not None and not before.complete
         table, manifest = _prepared(folder, settings, metadata, overwrite)
         manifest = replace(manifest, exact_below=exact_below or manifest.exact_below)
         job = _Job(model, table, manifest, batch_tokens, total, on_progress)
@@ -140,18 +145,51 @@ def index_corpus(
                 seen.add(document.id)
             job.take(documents)
         job.flush()
-        removed = list(dict.fromkeys(name for name in table.document_ids() if seen.add(name)))
+        others = list(dict.fromkeys(name for name in table.document_ids() if seen.add(name)))
+        removed = [] if keep_others else others
         table.delete_documents(removed)
-        chunks = table.count_chunks()
+        documents = total + len(others) - len(removed)
         if job.commits or removed or not manifest.complete:
             table.compact()
-        table.build_indices(settings.text_language, manifest.exact_below)
-        summary = IndexSummary(str(folder), total, chunks, skipped=corpus.reader.bad.total, removed=len(removed))
-        replace(manifest, complete=True, documents=total, chunks=chunks, gircse_version=__version__).write(folder)
+        manifest = _finished(folder, table, manifest, documents, complete=not unfinished)
+        skipped = corpus.reader.bad.total
+        summary = IndexSummary(str(folder), documents, manifest.chunks, skipped=skipped, removed=len(removed))
     summary.added, summary.changed, summary.unchanged = job.added, job.changed, job.unchanged
     summary.embedded, summary.approximate = job.embedded, table.is_approximate
     summary.seconds = round(time.monotonic() - started, 3)
     return summary
+
+
+def remove_documents(folder: Path, ids: Iterable[str]) -> int:
+    """Take documents out of an index; ids that it does not hold are passed over.
+
+    Returns:
+        How many were there.
+
+    Raises:
+        UsageError: There is no index.
+        GircseError: Another run is at work on it, or a file of it cannot be read or written.
+    """
+    check_folder(folder)
+    Manifest.read(folder)
+    with files_in_words(folder), _locked(folder):
+        manifest, table = Manifest.read(folder), ChunkTable.open(folder)
+        there = set(table.document_ids())
+        gone = [name for name in dict.fromkeys(ids) if name in there]
+        if gone:
+            table.delete_documents(gone)
+            table.compact()
+            _finished(folder, table, manifest, len(there) - len(gone), complete=manifest.complete)
+    return len(gone)
+
+
+def _finished(folder: Path, table: ChunkTable, manifest: Manifest, documents: int, *, complete: bool) -> Manifest:
+    """Bring the table's own indices in step with it, and write down what there is now."""
+    table.build_indices(manifest.settings.text_language, manifest.exact_below)
+    chunks = table.count_chunks()
+    manifest = replace(manifest, complete=complete, documents=documents, chunks=chunks, gircse_version=__version__)
+    manifest.write(folder)
+    return manifest
 
 
 @dataclass

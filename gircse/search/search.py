@@ -1,11 +1,11 @@
-"""Asks an index: by meaning, by words or by both, ranked again with more steps on request.
+"""An index for a program: asked by meaning, by words or by both, ranked again with more steps on request, and changed.
 
 Knows the table, the manifest and how ranks are merged; knows no terminal. A document's score is that of its best chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,9 +15,11 @@ import numpy as np
 from gircse.checksum import vectors_checksum
 from gircse.errors import GircseError, UsageError
 from gircse.search import DEFAULT_CANDIDATES, SearchMode
-from gircse.search.index import embed_chunks
+from gircse.search.corpus import DocumentList
+from gircse.search.index import IndexSummary, embed_chunks, index_corpus, remove_documents
 from gircse.search.manifest import IndexSettings, Manifest
 from gircse.search.rerank import embed_query
+from gircse.search.settings import choose_settings
 from gircse.search.table import ChunkTable, files_in_words
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class SearchHit:
 
 
 class SearchIndex:
-    """An index that `gircse.search.index.index_corpus` made. It may stay open: every search sees the last update.
+    """An index that `gircse index` or `create` made. It may stay open: every search sees the last update.
 
     Args:
         folder: The index.
@@ -60,7 +62,7 @@ class SearchIndex:
         GircseError: The model is another one, or the index is damaged.
 
     Example:
-        >>> index = SearchIndex("wiki.index", GIRCSE())
+        >>> index = SearchIndex.create("wiki.index", GIRCSE(), [{"id": "plants", "text": "Plants eat light."}])
         >>> index.search("how do plants eat?", top=3, where="language = 'English'")
     """
 
@@ -93,6 +95,60 @@ class SearchIndex:
                 f"{model.get_embedding_dimension()}; set its truncate_dim, or index the corpus again with --overwrite"
             )
         self.model, self._model_fits = model, settings
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        model: GIRCSE,
+        documents: Iterable[Mapping[str, Any]],
+        *,
+        overwrite: bool = False,
+        **choices: Any,
+    ) -> SearchIndex:
+        """Make an index of documents in memory; `gircse index` makes one of a file.
+
+        Args:
+            folder: Of the index.
+            model: Embeds documents, and queries.
+            documents: Mappings with an ``id`` and a ``text``; all other keys are metadata.
+            overwrite: Replace an index that is there.
+            **choices: As `gircse.search.settings.choose_settings` takes them: ``instruction``, ``num_steps``,
+                ``chunk_tokens``, ``chunk_overlap``, ``text_language``, ``model_name``.
+
+        Raises:
+            UsageError: There is an index already, or a choice is out of range.
+            InputDataError: A document lacks its text or its id, or an id occurs twice.
+        """
+        folder = Path(folder)
+        if Manifest.find(folder) is not None and not overwrite:
+            raise UsageError(f"{folder} is there already; open it by SearchIndex(folder, model), or overwrite it")
+        settings = choose_settings(model, None, id_column="id", **choices)
+        index_corpus(model, DocumentList(documents), folder, settings, overwrite=overwrite)
+        return cls(folder, model)
+
+    def add(self, documents: Iterable[Mapping[str, Any]]) -> IndexSummary:
+        """Put documents in, and in the place of those with the same ids; what has not changed is not embedded again.
+
+        Args:
+            documents: As `create` takes them.
+
+        Raises:
+            UsageError: The index has row numbers for ids.
+            InputDataError: A document lacks its text or its id, or an id occurs twice.
+            GircseError: There is no model, or another run is at work on the index.
+        """
+        if self.model is None:
+            raise GircseError("adding documents needs the model: SearchIndex(folder, model)")
+        self.manifest = Manifest.read(self.folder)
+        if self._model_fits != self.manifest.settings:  # the index was made anew since
+            self.use_model(self.model)
+        settings = self.manifest.settings
+        return index_corpus(self.model, DocumentList(documents), self.folder, settings, keep_others=True)
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take documents out; how many of them were there."""
+        return remove_documents(self.folder, ids)
 
     def search(
         self,
