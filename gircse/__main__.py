@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gircse.cli import main
+from gircse.cli import run
 
-main()
+run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -98,6 +99,19 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """No garbage collection: libraries and weights are a million objects that stay, looked through again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@garbage_kept()
 def load_model(
     model: str | None,
     *,
