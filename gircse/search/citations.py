@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 MIN_SUPPORT = 0.6
 """Share of a sentence's trigrams from which on a passage counts as its source (``benchmarks/answers.py``)."""
 
-CITATION = re.compile(r"\s*[\[【](\d{1,3}(?:\s*,\s*\d{1,3})*)[\]】]")
+CITATION = re.compile(r"\s*[\[【](\d{1,3}(?: *, *\d{1,3})*)[\]】]")
 _WORD = re.compile(r"\w+")
 # A sentence has ended once the next one has begun, and not before: a citation may follow its full stop. Initials and
 # abbreviations in mid-sentence ("J. Dewar", "U.S. troops") do not end one.
 _SENTENCE_END = re.compile(
     rf"(?:(?<!\b[A-Z])[.!?…]+[\"'”’»)]*(?:{CITATION.pattern})*\s+(?=[^\s\[【a-z])"
-    r"|[。！？]+(?=[^\s\[【。！？])|\s*\n\s*(?=\S))"
+    r"|[。！？]+(?=[^\s\[【。！？])|\s*\n\s*(?=[^\s\[【]))"
 )
 _FULL_STOP = re.compile(r"[.!?…。！？]*[\"'”’»)]*\s*$")
 
@@ -68,7 +68,9 @@ def cite(sentence: str, passages: Sequence[str]) -> str:
         numbers = [number for number in map(int, match[1].split(",")) if 1 <= number <= len(passages)]
         return f" [{', '.join(map(str, numbers))}]" if numbers else ""
 
-    sentence = CITATION.sub(existing, sentence)
+    before = None
+    while sentence != before:  # what is left of "[[9]9]" is one again
+        before, sentence = sentence, CITATION.sub(existing, sentence)
     supports = [support(sentence, passage) for passage in passages]
     if cited_numbers(sentence) or max(supports, default=0.0) < MIN_SUPPORT:
         return sentence
