@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 
 from gircse.model import GIRCSE
-from gircse.refiner import pool_steps
+from gircse.pooling import pool_steps
 
 INSTRUCTIONS = {
     "STSBenchmark": "Retrieve semantically similar text",

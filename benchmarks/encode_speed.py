@@ -42,7 +42,8 @@ from transformers import DynamicCache, PreTrainedModel
 from gircse.fast.inference_copy import InferenceCopy
 from gircse.fast.packed_weights import PackedWeights
 from gircse.model import GIRCSE
-from gircse.refiner import pool_steps, recompute_states
+from gircse.pooling import pool_steps
+from gircse.refiner import recompute_states
 from gircse.train.plan import matrix_rate
 
 FROZEN = {"int8": GIRCSE.quantize_weights, "packed": GIRCSE.pack_weights}

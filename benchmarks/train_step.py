@@ -39,7 +39,7 @@ from transformers import DynamicCache
 from gircse.fast.packed_weights import PackedWeights
 from gircse.losses import ICRLoss
 from gircse.model import GIRCSE
-from gircse.refiner import pool_steps
+from gircse.pooling import pool_steps
 from gircse.train.fused_lora import fused_lora
 from gircse.train.plan import matrix_rate, step_flops
 

@@ -41,6 +41,12 @@ def is_of_adapter(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
+def let_train(backbone: nn.Module, *, adapter_only: bool) -> None:
+    """Let the adapter be trained and nothing else, or all weights."""
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(not adapter_only or is_of_adapter(name))
+
+
 def _weight(layer: LoraLayer) -> Tensor:
     """The weight under a LoRA layer, (out, in)."""
     return cast(Tensor, layer.get_base_layer().weight)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gircse.errors import GircseError, UsageError
-from gircse.refiner import ATTENTIONS, POOLINGS, PromptReading
+from gircse.pooling import POOLINGS
+from gircse.refiner import ATTENTIONS, PromptReading
 
 INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery:"
 """The paper's query format (appendix A): the text follows immediately."""
@@ -34,7 +35,7 @@ class RefinementConfig:
 
     Attributes:
         num_steps: K, refinement steps where a call names none.
-        pooling: One of `gircse.refiner.POOLINGS`.
+        pooling: One of `gircse.pooling.POOLINGS`.
         temperature: Soft-token temperature.
         max_seq_length: Longest prompt in tokens; only the text is cut, never the instruction.
         instruction_template: How an instruction becomes the prompt before a text.

@@ -26,8 +26,8 @@ from gircse.adapter import (
     can_fold,
     check_lora,
     fold,
-    is_of_adapter,
     keep_state_dicts_unfolded,
+    let_train,
     lora_layers,
     narrow,
     save_adapter,
@@ -47,7 +47,8 @@ from gircse.fast.packed_linear import packed_linear, packs_in_place
 from gircse.fast.packed_weights import SHARE_OF_MEMORY, PackedWeights
 from gircse.fast.step_graphs import StepGraphs
 from gircse.hardware import free_memory, prompt_pass_tokens, return_freed_memory
-from gircse.refiner import keep_finished, pool_steps, refine
+from gircse.pooling import keep_finished, pool_steps
+from gircse.refiner import refine
 from gircse.texts import as_texts
 
 if TYPE_CHECKING:
@@ -199,8 +200,7 @@ class GenerativeEncoder(InputModule):
         """
         if self.frozen:
             raise UsageError("packed and 8-bit weights cannot be trained; load the model again")
-        for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not self.has_adapter or is_of_adapter(name))
+        let_train(self.backbone, adapter_only=self.has_adapter)
 
     @property
     def weights_dtype(self) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gircse.refiner import pool_steps, refine
+from gircse.pooling import pool_steps
+from gircse.refiner import refine
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE

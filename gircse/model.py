@@ -117,7 +117,7 @@ class GIRCSE(SteadySentenceTransformer):
         Args:
             name_or_path: A folder, a hub id, or a known name (``smollm2-135m``, ``gemma3-270m``).
             num_steps: K, kept in the checkpoint.
-            pooling: One of `gircse.refiner.POOLINGS`.
+            pooling: One of `gircse.pooling.POOLINGS`.
             temperature: Soft-token temperature.
             max_seq_length: Longest prompt in tokens.
             attention: One of `gircse.refiner.ATTENTIONS`, over the prompt.

@@ -29,13 +29,6 @@ from gircse.fast.trained_steps import TrainedGroup
 from gircse.gradient_chain import GradientChain
 from gircse.prompts import PromptGroup, align_right, join_groups, plan_prompts
 
-Pooling = Literal["mean", "last", "mean_with_prompt", "prompt_mean"]
-"""How hidden states become z_k: the mean of h_1..h_k (the paper), h_k alone, or the mean of h_0..h_k. Without
-refinement steps all are h_0, the state of the prompt's last token; with ``prompt_mean``, otherwise like
-``mean_with_prompt``, h_0 is the mean of the states of all prompt tokens, and writes the first soft token."""
-
-POOLINGS: tuple[str, ...] = get_args(Pooling)
-
 Attention = Literal["causal", "bidirectional"]
 """What a prompt token sees: the tokens before it, or all tokens of the prompt. A soft token sees all before it."""
 
@@ -138,19 +131,34 @@ def refine(
     shares = reading.shares_prefix and (decoder.window is None or input_ids.shape[1] + num_steps <= decoder.window)
     worth = 0 if input_ids.device.type == "cpu" else GPU_WORTH_SHARING
     prompts = plan_prompts(input_ids, attention_mask, prompt_tokens, share_prefix=shares, worth=worth)
-    order = [row for prompt in prompts for row in prompt.rows]
-    longest = max(prompt.mask.shape[1] for prompt in prompts)
     table = decoder.vocabulary.embedding.weight  # of the dtype and on the device of the states
     dtype = attention_dtype(decoder.transformer, table)
     if min(own_steps) < num_steps or (graphs is not None and not graphs.serve(decoder, table, num_steps)):
         graphs = None
-    chain, tell = GradientChain(soft_token_gradients), _told_of_states.get()
+    chain = GradientChain(soft_token_gradients)
     if num_steps and graphs is None and takes_groups(decoder):
         if not (decoder.transformer.training or torch.is_grad_enabled()):
             return _refine_in_groups(decoder, prompts, own_steps, temperature, dtype, reading)
         # Gradient caching takes a pass without gradients first, which must round as the one with them.
         if min(own_steps) == num_steps:
             return _refine_in_training(decoder, prompts, num_steps, temperature, dtype, chain, reading)
+    return _refine_over_one_cache(decoder, prompts, own_steps, temperature, dtype, chain, reading, graphs)
+
+
+def _refine_over_one_cache(
+    decoder: Decoder,
+    prompts: Sequence[PromptGroup],
+    own_steps: Sequence[int],
+    temperature: float,
+    dtype: torch.dtype,
+    chain: GradientChain,
+    reading: PromptReading,
+    graphs: StepGraphs | None,
+) -> Tensor:
+    """As `refine`: the caches of all prompts are joined to one, padded to the longest."""
+    num_steps, tell = max(own_steps), _told_of_states.get()
+    order = [row for prompt in prompts for row in prompt.rows]
+    longest = max(prompt.mask.shape[1] for prompt in prompts)
     joined = None
     if num_steps and graphs is None and not torch.is_grad_enabled():
         joined = JoinedPrompts(len(order), longest, num_steps, dtype, _count_layers(decoder))
@@ -164,9 +172,8 @@ def refine(
     if graphs is not None:
         own = {"length": longest, "num_steps": num_steps, "temperature": temperature, "detach": chain.detached}
         if (steps := graphs.prepare(decoder, first, cache_tensors(caches[0]), dtype, **own)) is not None:
-            cache = join_caches(caches, longest, room=0, dtype=dtype)
-            own_cache = cache_tensors(cache)
-            written = graphs.write(steps, first, mask, own_cache, num_steps=num_steps, chain=chain, tell=tell)
+            tensors = cache_tensors(join_caches(caches, longest, room=0, dtype=dtype))
+            written = graphs.write(steps, first, mask, tensors, num_steps=num_steps, chain=chain, tell=tell)
             return _restore(torch.stack([first, *written], dim=1), order)
     cache = joined.cache() if joined else join_caches(caches, longest, room=num_steps, dtype=dtype)
     if min(own_steps) < num_steps:  # those with the most steps first: rows then leave at the end, and nothing is copied
@@ -174,17 +181,44 @@ def refine(
         order, places = [order[place] for place in by_steps], torch.tensor(by_steps, device=first.device)
         first, mask = first[places], mask[places]
         select_rows(cache, places)
-    length = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    states = _take_steps(decoder, first, mask, cache, own_steps, temperature, chain)
+    return _restore(torch.stack(states, dim=1), order)
+
+
+def _take_steps(
+    decoder: Decoder,
+    first: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    own_steps: Sequence[int],
+    temperature: float,
+    chain: GradientChain,
+) -> list[Tensor]:
+    """The refinement loop over transformers' own passes.
+
+    Args:
+        decoder: The backbone, taken apart.
+        first: h_0 of all rows, those with the most steps first, (B, d).
+        mask: Of their prompts, (B, N).
+        cache: Of their prompts, with room for all soft tokens.
+        own_steps: K of every row, in any order.
+        temperature: Soft-token temperature.
+        chain: Where gradients go between the states.
+
+    Returns:
+        h_0, ..., h_K of the largest K, (B, d) each; zeros after a row's own K.
+    """
+    num_steps, tell = max(own_steps), _told_of_states.get()
+    compiled = not (decoder.transformer.training or torch.is_grad_enabled())
+    longest, length = mask.shape[1], mask.sum(dim=1, keepdim=True)  # (B, 1)
     mask = F.pad(mask, (0, num_steps), value=1)
-    states = [first]  # each (B, d)
+    states = [first]
     for step in range(num_steps):
         rows = sum(steps > step for steps in own_steps)
         if rows < len(states[-1]):
             select_rows(cache, slice(rows))
-        source = chain.source(states[-1][:rows])
-        compiled = not (decoder.transformer.training or torch.is_grad_enabled())
         token = decoder.vocabulary.soft_token(
-            source, temperature, detach=chain.detached, compiled=compiled
+            chain.source(states[-1][:rows]), temperature, detach=chain.detached, compiled=compiled
         )  # (rows, d)
         out = decoder.transformer(
             inputs_embeds=token.unsqueeze(1),
@@ -195,8 +229,7 @@ def refine(
         )
         states.append(chain.written(out.last_hidden_state[:, -1]))
         tell(step + 1)
-    states = [F.pad(state, (0, 0, 0, len(order) - len(state))) for state in states]
-    return _restore(torch.stack(states, dim=1), order)
+    return [F.pad(state, (0, 0, 0, len(first) - len(state))) for state in states]
 
 
 def _refine_in_groups(
@@ -421,45 +454,6 @@ def _two_sided_mask(mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     seen = (places <= places.unsqueeze(1)) | (places < length)  # (M, M); no prompt token is after `length`
     seen = seen & mask.bool()[:, None, None, :]
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def pool_steps(states: Tensor, pooling: str) -> Tensor:
-    """The embeddings after every step: z_1..z_K, which are prefix means (GIRCSE, section 3.2).
-
-    Args:
-        states: (B, K + 1, d) as `refine` returns them; with K = 0 the prompt's state is the embedding.
-        pooling: One of `POOLINGS`.
-
-    Returns:
-        (B, max(K, 1), d) float32, not normalised.
-    """
-    states = states.float()
-    if states.shape[1] == 1:
-        return states
-    if pooling == "last":
-        return states[:, 1:]
-    first = 1 if pooling == "mean" else 0
-    sums = states[:, first:].cumsum(dim=1)
-    counts = torch.arange(1, sums.shape[1] + 1, device=states.device).view(1, -1, 1)
-    return (sums / counts)[:, 1 - first :]
-
-
-def keep_finished(step_embeddings: Tensor, states: Tensor, num_steps: Sequence[int]) -> Tensor:
-    """Let rows that took fewer steps than others keep their last embedding.
-
-    Args:
-        step_embeddings: (B, K, d) of the largest K, as `pool_steps` returns them.
-        states: (B, K + 1, d), as `refine` returns them.
-        num_steps: Each row's own K; with 0 its embedding is h_0.
-
-    Returns:
-        (B, K, d), where z_k of a row with k above its own K is its last.
-    """
-    own = torch.tensor(num_steps, device=states.device).unsqueeze(1)  # (B, 1)
-    steps = torch.arange(1, step_embeddings.shape[1] + 1, device=states.device)
-    last = torch.minimum(steps, own.clamp_min(1)) - 1  # (B, K)
-    kept = step_embeddings.gather(1, last.unsqueeze(-1).expand_as(step_embeddings))
-    return torch.where((own == 0).unsqueeze(-1), states[:, :1].to(kept.dtype), kept)
 
 
 def _check(

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from gircse.decoders import PARITY_TESTED, Decoder
 from gircse.errors import UsageError
+from gircse.pooling import keep_finished, pool_steps
 from gircse.prompts import plan_prompts, shared_prefix
-from gircse.refiner import keep_finished, pool_steps, refine
+from gircse.refiner import refine
 from gircse.soft_tokens import Vocabulary
 from tests.tiny import FAMILIES, random_batch, relative_error, tiny_model
 

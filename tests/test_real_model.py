@@ -16,7 +16,8 @@ from gircse.cli import app
 from gircse.cli.demo import load_corpus
 from gircse.errors import UsageError
 from gircse.model import GIRCSE, pretrained_path
-from gircse.refiner import pool_steps, recompute_states
+from gircse.pooling import pool_steps
+from gircse.refiner import recompute_states
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 

@@ -30,7 +30,7 @@ from gircse.evaluate.cost import TransformerSize, step_clock, transformer_size
 from gircse.evaluate.tasks import PER_TEXT_INSTRUCTION
 from gircse.model import GIRCSE
 from gircse.other_models import MINILM, load_other_model, minilm_folder
-from gircse.refiner import pool_steps
+from gircse.pooling import pool_steps
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from gircse.checkpoint import RefinementConfig
 from gircse.errors import GircseError, MissingExtraError, UsageError
 from gircse.gradient_chain import SoftTokenGradients
 from gircse.losses.icr import StepWeights, TeacherPairs
-from gircse.refiner import Attention, Pooling
+from gircse.pooling import Pooling
+from gircse.refiner import Attention
 from gircse.train.recipe_data import DataSection, Section, Source
 
 try:
