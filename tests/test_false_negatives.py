@@ -57,15 +57,16 @@ def test_a_query_is_no_negative_of_itself(tmp_path: Path, backbone: Path, symmet
     }
 
 
-def test_an_answer_that_was_not_drawn_is_no_negative(tmp_path: Path, backbone: Path) -> None:
-    answers = [f"answer {n}" for n in range(4)]
+@pytest.mark.parametrize("count", [4, 12])  # compared all at once, and row by row
+def test_an_answer_that_was_not_drawn_is_no_negative(tmp_path: Path, backbone: Path, count: int) -> None:
+    answers = [f"answer {n}" for n in range(count)]
     rows = [{"query": "all", "pos": answers, "neg": ["no", answers[0]]}]
-    rows += [{"query": f"q{n}", "pos": [answers[n]], "neg": [f"not {n}", f"nor {n}"]} for n in range(4)]
+    rows += [{"query": f"q{n}", "pos": [answers[n]], "neg": [f"not {n}", f"nor {n}"]} for n in range(count)]
     found = candidates_of(tmp_path, backbone, rows, negatives=2)
     assert len(found["all"] & set(answers)) == 1, "the drawn one"
     assert {"no", "not 0", "nor 3"} <= found["all"]
     assert set(answers) - found["q0"] <= {"answer 0"} | (set(answers) - found["q1"] - {"answer 1"})
-    assert all(f"answer {n}" in found[f"q{n}"] for n in range(4))
+    assert all(f"answer {n}" in found[f"q{n}"] for n in range(count))
 
 
 def test_keys_reach_the_loss_of_a_run(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

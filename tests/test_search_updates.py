@@ -120,6 +120,8 @@ def test_the_verb_keeps_others_where_it_is_told_to(saved: str, tmp_path: Path) -
         assert result.exit_code == 0, result.output
         documents.append(json.loads(result.stdout)["documents"])
     assert documents == [1, 2, 1]
+    both = CliRunner().invoke(app, ["index", str(tmp_path / "a.jsonl"), *asked, "--keep-others", "--overwrite"])
+    assert "give one of them" in str(both.exception)
 
 
 def test_a_real_model_s_index(saved: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from gircse.cli.common import (
     stderr,
 )
 from gircse.embed import InputFormat
+from gircse.errors import UsageError
 from gircse.search import DEFAULT_CHUNK_TOKENS, DEFAULT_EXACT_BELOW, TEXT_LANGUAGES
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def index(
     from gircse.search.manifest import Manifest, text_language_named
     from gircse.search.settings import choose_settings, chunk_sizes
 
+    if overwrite and keep_others:
+        raise UsageError("--overwrite makes the index anew, and --keep-others adds to it; give one of them")
     check_folder(output)
     made = None if overwrite else Manifest.find(output)
     had = made.settings if made else None

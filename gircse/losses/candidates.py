@@ -21,6 +21,8 @@ KNOWN_KEYS = "known_keys"
 """Of the anchors' features, where it is there: (B, n) int64, plain keys of texts that are no negatives of a row: its
 own, and all that are known to answer it, drawn or not."""
 
+_FEW = 8
+
 
 @torch.no_grad()
 def allowed_candidates(
@@ -66,7 +68,7 @@ def allowed_candidates(
     allowed &= ~(_are_same(positives, found) | _are_same(anchors, found))
     if KNOWN_KEYS in columns[0]:
         plain = torch.cat([gather(column[PLAIN_KEY].to(anchors.device)) for column in columns[1:]])
-        allowed &= ~_are_same(columns[0][KNOWN_KEYS].to(anchors.device), plain.unsqueeze(1))
+        allowed &= ~_are_known(columns[0][KNOWN_KEYS].to(anchors.device), plain)
     # The positive of another row with this row's anchor is one of this row's too, e.g. another translation.
     allowed[:, :total] &= ~_are_same(anchors, gather(anchors))
     if labels is not None and labels.dim() == 1 and labels.numel() == size:
@@ -81,6 +83,13 @@ def allowed_candidates(
 def _are_same(texts: Tensor, others: Tensor) -> Tensor:
     """Whether texts share one of their keys: (B, n) and (C, n) or (C, 1) to (B, C)."""
     return (texts.unsqueeze(1) == others).any(dim=-1)
+
+
+def _are_known(known: Tensor, texts: Tensor) -> Tensor:
+    """Whether texts are among those that rows know: (B, n) and (C,) to (B, C)."""
+    if known.shape[1] <= _FEW:
+        return _are_same(known, texts.unsqueeze(1))
+    return torch.stack([torch.isin(texts, own) for own in known])  # all at once would be B · C · n comparisons
 
 
 def _keys(features: dict[str, Tensor]) -> Tensor:
