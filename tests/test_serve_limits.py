@@ -74,7 +74,13 @@ def test_a_silent_client_is_told_so(backbone: Path, monkeypatch: pytest.MonkeyPa
         running(Service(tiny_model(backbone), tiny_settings(), NAME)) as url,
         begun(url, 10, b"{") as connection,
     ):
-        assert b"within 0.3 s" in connection.recv(4096)
+        assert b"stopped arriving for 0.3 s" in connection.recv(4096)
+    settings = tiny_settings(request_timeout=0.2)
+    with (
+        running(Service(tiny_model(backbone), settings, NAME)) as url,
+        begun(url, 10, b"{") as connection,
+    ):
+        assert b"did not arrive within 0.2 s" in connection.recv(4096)
 
 
 def test_a_page_may_use_openais_client_and_read_what_was_cut(backbone: Path) -> None:

@@ -270,7 +270,7 @@ class Engine:
         waits = [started - job.payload.submitted for job, _ in rows]
         self._on_batch(BatchReport(len(rows), sum(map(len, ids)), sum(steps), padded, seconds, waits, useless))
         if failed is None:
-            self._failures = self._failures + len(rows) if useless else 0
+            self._failures = self._failures + 1 if useless else 0
             rate = len(rows) / max(seconds, 1e-6)
             self._texts_per_second = 0.8 * self._texts_per_second + 0.2 * rate if self._texts_per_second else rate
             self._deliver(rows, vectors)

@@ -207,7 +207,7 @@ class Gate:
             return too_large
         limit, received = self.settings.request_timeout, 0
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as whole:
                 while True:
                     async with asyncio.timeout(_SILENCE):
                         message = await receive()
@@ -227,7 +227,8 @@ class Gate:
                     if not message.get("more_body") or received > _DRAIN * self.max_body:
                         return too_large if received > self.max_body else None
         except TimeoutError:
-            message = f"the body did not arrive within {min(limit, _SILENCE):g} s; send it faster"
+            late = f"did not arrive within {limit:g} s" if whole.expired() else f"stopped arriving for {_SILENCE:g} s"
+            message = f"the body {late}; send it faster, or fewer texts at once"
             return error_response(408, message, code="timeout")
 
     def _record(self, scope: Scope, facts: RequestFacts, status: int, seconds: float) -> None:
