@@ -76,6 +76,7 @@ class GIRCSE(SteadySentenceTransformer):
         backbone: str | None = None,
         **kwargs: Any,
     ) -> None:
+        named = str(model_name_or_path) if model_name_or_path else None
         if kwargs.get("modules") is None:
             model_name_or_path = str(model_name_or_path or pretrained_path())
             check_no_backbone(model_name_or_path)
@@ -92,6 +93,7 @@ class GIRCSE(SteadySentenceTransformer):
             raise GircseError(
                 f"{model_name_or_path} brings code of its own to run; pass trust_remote_code=True if you trust it"
             ) from error
+        self.loaded_from = named  # None: it ships with the package, or is new
         if not isinstance(self[0], GenerativeEncoder):
             raise GircseError(f"{model_name_or_path} is not a GIRCSE model; load it with SentenceTransformer")
 

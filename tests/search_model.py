@@ -46,6 +46,7 @@ class WordModel:
 
     num_steps = 2
     max_seq_length = 40
+    loaded_from: str | None = None
 
     def __init__(self, pause: float = 0.0, checksum: str = "0") -> None:
         self.pause, self.tokenizer = pause, WordTokenizer()

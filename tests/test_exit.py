@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gircse.cli.common import garbage_kept
+from gircse.cli.common import garbage_kept, load_model
 
 
 def ended(body: str) -> subprocess.CompletedProcess[str]:
@@ -59,18 +59,21 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_garbage_is_kept_while_a_model_loads_and_collected_afterwards() -> None:
+def test_garbage_is_kept_while_a_model_loads_and_collected_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    @garbage_kept()
     def load() -> None:
         seen.append(gc.isenabled())
         raise OSError
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError), garbage_kept():
         load()
     assert seen == [False]
     assert gc.isenabled()
+    monkeypatch.setattr("gircse.cli.common.prepare_backbone", lambda name: load())
+    with pytest.raises(OSError):
+        load_model("nowhere")
+    assert seen == [False, False], "so it is for every verb"
     gc.disable()
     try:
         with garbage_kept():

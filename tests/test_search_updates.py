@@ -131,3 +131,17 @@ def test_a_real_model_s_index(saved: str, tmp_path: Path) -> None:
     assert (made.num_steps, made.document_prompt) == (1, model.format_instruction("x"))
     index.add([{"id": "dogs", "text": "Dogs bark."}])
     assert found(index, "Dogs bark.", instruction="x", mode="vector", top=1) == ["dogs"]
+    asked = [
+        "search",
+        str(tmp_path / "i"),
+        "Dogs bark.",
+        "--instruction",
+        "x",
+        "--mode",
+        "vector",
+        "--top",
+        "1",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, asked)  # which finds the model by itself
+    assert json.loads(result.stdout)["hits"][0]["document_id"] == "dogs"

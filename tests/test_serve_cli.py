@@ -102,6 +102,21 @@ def test_flags_and_variables_reach_the_service(monkeypatch: pytest.MonkeyPatch, 
     assert service.limits.names == ("tiny",), "a folder has a name, wherever one stands"
 
 
+def test_sigterm_ends_the_server_while_its_model_loads(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
+    handlers: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise GircseError("seen")
+
+    monkeypatch.setattr(import_module("gircse.cli.serve"), "load_model", load)
+    before = signal.getsignal(signal.SIGTERM)
+    served(monkeypatch, ["--model", saved, "--port", "0", "--max-num-steps", "9"], {})
+    assert handlers
+    assert handlers[0] not in (before, signal.SIG_DFL, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_an_empty_secret_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
     service, result = served(monkeypatch, ["--model", saved, "--port", "0"], {"GIRCSE_API_KEY": ""})
     assert service is None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import logging
 import os
 import sys
 import warnings
@@ -110,12 +111,13 @@ def run() -> None:
     code = 1
 
     def end() -> None:
+        logging.shutdown()  # which was registered before
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
 
-    # What is registered first runs last: threads have been waited for by then, and all that others registered is done.
+    # What is registered first runs last: threads have been waited for by then, and what libraries registered is done.
     atexit.register(end)
     try:
         main()

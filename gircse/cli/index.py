@@ -124,7 +124,6 @@ def index(
         settings = choose_settings(
             encoder,
             had,
-            model_name=model,
             instruction=instruction,
             num_steps=num_steps,
             chunk_tokens=chunk_tokens,

@@ -182,6 +182,8 @@ def cited(text: str, passages: Sequence[Passage]) -> list[Passage]:
 def repeats(tokens: Sequence[int]) -> bool:
     """Whether the end of a text is one stretch three times over: a small model does not leave such a loop by itself."""
     for length in range(_LOOP // 3, len(tokens) // 3 + 1):
+        if not tokens[-1] == tokens[-1 - length] == tokens[-1 - 2 * length]:
+            continue  # so it is after nearly every token
         first, second, third = (tokens[len(tokens) - count * length :][:length] for count in (3, 2, 1))
         if first == second == third:
             return True

@@ -114,7 +114,7 @@ class SearchIndex:
             documents: Mappings with an ``id`` and a ``text``; all other keys are metadata.
             overwrite: Replace an index that is there.
             **choices: As `gircse.search.settings.choose_settings` takes them: ``instruction``, ``num_steps``,
-                ``chunk_tokens``, ``chunk_overlap``, ``text_language``, ``model_name``.
+                ``chunk_tokens``, ``chunk_overlap``, ``text_language``.
 
         Raises:
             UsageError: There is an index already, or a choice is out of range.

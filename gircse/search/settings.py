@@ -36,7 +36,6 @@ def choose_settings(
     model: GIRCSE,
     had: IndexSettings | None,
     *,
-    model_name: str | None = None,
     instruction: str | None = None,
     num_steps: int | None = None,
     chunk_tokens: int | None = None,
@@ -50,7 +49,6 @@ def choose_settings(
     Args:
         model: Embeds the chunks.
         had: What the index was made with; None where there is none yet.
-        model_name: Folder or hub id of the model; None is the one that ships with the package.
         instruction: Of documents; the model's document prompt where not given.
         num_steps: K.
         chunk_tokens: Longest chunk.
@@ -68,7 +66,9 @@ def choose_settings(
         raise UsageError(
             f"chunks of {longest} tokens exceed the model's longest input of {limit}; lower --chunk-tokens"
         )
-    name = os.path.abspath(model_name) if model_name is not None and Path(model_name).is_dir() else model_name
+    name = model.loaded_from
+    if name is not None and Path(name).is_dir():
+        name = os.path.abspath(name)
     prompt = had.document_prompt if had else model.prompts.get("document") or ""
     steps = had.num_steps if had else model.num_steps
     return IndexSettings(

@@ -261,7 +261,8 @@ class Engine:
         except Exception as error:
             failed = _model_failed(error)
             logger.exception("a batch of %d texts failed", len(rows))
-        strange = np.zeros(len(rows), dtype=bool) if failed else ~np.isfinite(vectors).all(axis=1)
+        finite = np.isfinite(vectors).all(axis=1) if failed is None else np.ones(len(rows), dtype=bool)
+        strange = np.logical_not(finite)
         if strange.any():
             logger.error("%d of %d vectors of a batch are not finite", int(strange.sum()), len(rows))
         useless = failed is not None or bool(strange.all())
@@ -273,7 +274,7 @@ class Engine:
             self._failures = self._failures + 1 if useless else 0
             rate = len(rows) / max(seconds, 1e-6)
             self._texts_per_second = 0.8 * self._texts_per_second + 0.2 * rate if self._texts_per_second else rate
-            self._deliver(rows, vectors)
+            self._deliver(rows, vectors, strange)
         elif len(rows) == 1:
             self._failures += 1
             _finish(rows[0][0].payload.future, failed)
@@ -283,10 +284,10 @@ class Engine:
                 self._run_rows(Batch(half))
 
     @staticmethod
-    def _deliver(rows: list[tuple[Job, int]], vectors: np.ndarray) -> None:
-        for (job, row), vector in zip(rows, vectors, strict=True):
+    def _deliver(rows: list[tuple[Job, int]], vectors: np.ndarray, strange: np.ndarray) -> None:
+        for (job, row), vector, is_strange in zip(rows, vectors, strange, strict=True):
             request: _Request = job.payload
-            if not np.isfinite(vector).all():
+            if is_strange:
                 words = "the model returned a vector that is not finite"
                 _finish(request.future, ModelFailedError(words, logged=False))
                 continue

@@ -121,8 +121,12 @@ def try_recipe(recipe: Recipe) -> DryRun:
         needs["teacher"] = partial(_find_teacher, recipe.loss.teacher)
     if recipe.evaluation is not None:
         needs["evaluation"] = partial(_describe_evaluation, recipe)
-    needs |= {"backbone": partial(_find_backbone, recipe), "data": partial(_find_data, recipe)}
-    found, problems = {}, {}
+    found: dict[str, Any] = {}
+    problems: dict[str, GircseError] = {}
+    needs |= {
+        "backbone": partial(_find_backbone, recipe),
+        "data": lambda: _find_data(recipe, found.get("backbone")),
+    }
     for name, look in needs.items():
         try:
             found[name] = look()
@@ -183,21 +187,31 @@ def _describe_evaluation(recipe: Recipe) -> dict[str, Any]:
     return describe_evaluation(recipe.evaluation)
 
 
-def _find_backbone(recipe: Recipe) -> Path:
+@dataclass(frozen=True)
+class _Backbone:
+    """A backbone without its weights.
+
+    Attributes:
+        path: Of its files.
+        model: On the meta device.
+    """
+
+    path: Path
+    model: Any
+
+
+def _find_backbone(recipe: Recipe) -> _Backbone:
     path = resolve_backbone(recipe.backbone).path
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
-        decoder = Decoder.from_model(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
     check_widths(recipe, config.hidden_size)
-    check_positions(recipe, decoder.max_positions)
-    return path
+    check_positions(recipe, Decoder.from_model(model).max_positions)
+    return _Backbone(path, model)
 
 
-def _find_data(recipe: Recipe) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(recipe.backbone).path)
-    except (GircseError, OSError, ValueError):
-        tokenizer = None  # which is told of as the backbone's
+def _find_data(recipe: Recipe, backbone: _Backbone | None) -> Any:
+    tokenizer = None if backbone is None else AutoTokenizer.from_pretrained(backbone.path)
     data = load_training_data(recipe, tokenizer=tokenizer)
     _steps_an_epoch(recipe, data)
     return data
@@ -236,14 +250,12 @@ def _measure_lengths(recipe: Recipe, place: Path, data: Any) -> list[_SourceLeng
     return sources
 
 
-def _estimate(recipe: Recipe, place: Path, data: Any, evaluation: dict[str, Any] | None) -> TrainingPlan:
-    sources = _measure_lengths(recipe, place, data)
+def _estimate(recipe: Recipe, found: _Backbone, data: Any, evaluation: dict[str, Any] | None) -> TrainingPlan:
+    sources = _measure_lengths(recipe, found.path, data)
     lengths = [length for source in sources for length in source.lengths]
     steps = _steps_an_epoch(recipe, data)
 
-    config = AutoConfig.from_pretrained(place)
-    with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(config)
+    backbone, config = found.model, found.model.config
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     head = backbone.get_input_embeddings().weight.numel()  # type: ignore[union-attr]
     linears = [module for module in backbone.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
